@@ -1,0 +1,83 @@
+"""Laying prompts and completions out as tensors.
+
+Prompts are padded on the left and completions on the right, so that every completion of a batch
+starts in the same column and only the last columns' logits are ever computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+Row = TypeVar("Row")
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows of prompt and completion, B rows of P + C columns.
+
+    `input_ids`, `attention_mask`, `position_ids`: (B, P + C); `completion_mask`: (B, C).
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    completion_mask: torch.Tensor
+
+    @property
+    def completion_ids(self) -> torch.Tensor:
+        """The completions' tokens, (B, C), padded on the right."""
+        return self.input_ids[:, -self.completion_mask.shape[1] :]
+
+
+def pad(rows: Sequence[Tokens], pad_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token ids as (ids, mask), both (B, longest), padded on `side`."""
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, columns] = torch.tensor(row, dtype=torch.long)
+        mask[index, columns] = 1
+    return ids, mask
+
+
+def pad_rows(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad_id: int) -> PaddedRows:
+    """One row per (prompt, completion); see `PaddedRows`."""
+    prompt_ids, prompt_mask = pad(prompts, pad_id, "left")
+    completion_ids, completion_mask = pad(completions, pad_id, "right")
+    mask = torch.cat([prompt_mask, completion_mask], dim=1)
+    return PaddedRows(
+        input_ids=torch.cat([prompt_ids, completion_ids], dim=1),
+        attention_mask=mask,
+        position_ids=positions(mask),
+        completion_mask=completion_mask,
+    )
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids of an attention mask, (B, L): 0 at the first real token of each row."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def token_batches(
+    rows: Sequence[Row], lengths: Sequence[int], max_tokens: int
+) -> Iterator[list[int]]:
+    """Indices of `rows` in batches of like length whose padded size stays within `max_tokens`.
+
+    Longest first, so that running out of memory shows at once; a row longer than `max_tokens`
+    makes a batch of its own.
+    """
+    order = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

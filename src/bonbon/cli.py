@@ -1,0 +1,244 @@
+"""The command line: it parses, calls, and shows. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bonbon.errors import BonbonError
+
+if TYPE_CHECKING:
+    from bonbon.config import RunConfig
+    from bonbon.evaluation import ModelEvaluation
+    from bonbon.run_folder import RunFolder
+
+app = typer.Typer(
+    help="Best-of-n alignment of language models: sample, score, train, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(help="The run's configuration (YAML).")]
+Out = Annotated[Path, typer.Option("--out", help="The run's folder.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. sampling.n=4."),
+]
+PromptColumn = Annotated[str | None, typer.Option(help="The column that holds the prompts.")]
+OnLongPrompt = Annotated[
+    str | None, typer.Option(help="Prompts over the context: error, skip or truncate.")
+]
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """One sentence and exit code 2 for what the user can put right; 130 for Ctrl-C."""
+    try:
+        yield
+    except BonbonError as error:
+        print(f"bonbon: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("bonbon: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    out: Out,
+    set_: Set = None,
+    prompt_column: PromptColumn = None,
+    on_long_prompt: OnLongPrompt = None,
+) -> None:
+    """Do all stages: sample, score, train, evaluate. Run it again to go on after a stop."""
+    with _reported():
+        settings = _settings(config, set_, prompt_column, on_long_prompt)
+        _show(*_stage(settings, out, "run"))
+
+
+@app.command()
+def sample(
+    config: ConfigPath,
+    out: Out,
+    set_: Set = None,
+    prompt_column: PromptColumn = None,
+    on_long_prompt: OnLongPrompt = None,
+) -> None:
+    """Draw n completions of every prompt into OUT/samples."""
+    with _reported():
+        folder, _ = _stage(_settings(config, set_, prompt_column, on_long_prompt), out, "sample")
+        print(f"samples: {folder.samples}")
+
+
+@app.command()
+def score(
+    config: ConfigPath,
+    out: Out,
+    set_: Set = None,
+    prompt_column: PromptColumn = None,
+    on_long_prompt: OnLongPrompt = None,
+) -> None:
+    """Score OUT/samples with the reward, into OUT/groups."""
+    with _reported():
+        folder, _ = _stage(_settings(config, set_, prompt_column, on_long_prompt), out, "score")
+        print(f"groups: {folder.groups}")
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    out: Out,
+    set_: Set = None,
+    prompt_column: PromptColumn = None,
+    on_long_prompt: OnLongPrompt = None,
+) -> None:
+    """Fine-tune on OUT/groups, into OUT/model."""
+    with _reported():
+        settings = _settings(config, set_, prompt_column, on_long_prompt)
+        folder, _ = _stage(settings, out, "train")
+        print(f"model: {folder.model(settings.model_name)}")
+
+
+@app.command()
+def evaluate(
+    config: ConfigPath,
+    out: Out,
+    set_: Set = None,
+    prompt_column: PromptColumn = None,
+    on_long_prompt: OnLongPrompt = None,
+) -> None:
+    """Measure OUT/model against the base model and best-of-n, into OUT/evaluation."""
+    with _reported():
+        settings = _settings(config, set_, prompt_column, on_long_prompt)
+        _show(*_stage(settings, out, "evaluate"))
+
+
+@app.command()
+def frontier(
+    n: Annotated[str, typer.Option("--n", help="Comma-separated, each a real >= 1.")] = "2,4,8",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it into this file (PNG, SVG, PDF).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What theory allows: best-of-n's win rate and KL, and the optimum beside them."""
+    with _reported():
+        from bonbon.frontier import frontier_rows, parse_ns
+
+        rows = frontier_rows(parse_ns(n))
+        if as_json:
+            print(json.dumps(rows, indent=2))
+        else:
+            _print_rows(rows)
+        if plot is not None:
+            from bonbon.plots import plot_frontier
+
+            plot_frontier([row["n"] for row in rows], plot)
+            print(f"plot: {plot}", file=sys.stderr)
+
+
+@app.command()
+def demo(
+    out: Out = Path("bonbon-demo"),
+    short: Annotated[
+        bool, typer.Option("--short", help="A minute's version: fewer prompts, rougher figures.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the sampling and the training.")] = 0,
+) -> None:
+    """Happier bedtime stories: the whole pipeline on two small models that come with BoNBoN."""
+    with _reported():
+        from bonbon.demo import demo_config, side_by_side
+
+        folder, results = _stage(demo_config(short=short, seed=seed), out, "run")
+        _show(folder, results)
+        print(side_by_side(folder))
+
+
+def main() -> None:
+    """The `bonbon` command."""
+    app(prog_name="bonbon")
+
+
+# --- the pieces -----------------------------------------------------------------------------------
+
+
+def _settings(
+    path: Path, overrides: list[str] | None, column: str | None, on_long_prompt: str | None
+) -> RunConfig:
+    from bonbon.config import load_config
+
+    changes = list(overrides or [])
+    if column is not None:
+        changes.append(f"prompts.column={json.dumps(column)}")
+    if on_long_prompt is not None:
+        changes.append(f"sampling.on_long_prompt={json.dumps(on_long_prompt)}")
+    return load_config(path, changes)
+
+
+def _stage(
+    settings: RunConfig, out: Path, name: str
+) -> tuple[RunFolder, Mapping[str, ModelEvaluation] | None]:
+    """Do one stage (or `run`) in the run's folder."""
+    from bonbon.run_folder import RunFolder
+
+    folder = RunFolder(out, settings)
+    with folder.locked():
+        _quiet_libraries()
+        from bonbon import pipeline
+
+        stage: Callable[[RunFolder], Any] = getattr(pipeline, name)
+        return folder, stage(folder)
+
+
+def _quiet_libraries() -> None:
+    """Our own bars and tables say what happens; the libraries speak up for errors only."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _print_rows(rows: list[dict[str, float]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Best-of-n and the optimal tilt")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:g}" if k == "n" else f"{v:.4f}" for k, v in row.items()))
+    Console().print(table)
+
+
+def _show(folder: RunFolder, results: Mapping[str, ModelEvaluation] | None) -> None:
+    """The summary at the end of a run: the table, and where everything is."""
+    from rich.console import Console
+
+    from bonbon.summary import results_table
+
+    assert results is not None
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    console.print(results_table(results))
+    places = {
+        "model": folder.model(folder.config.model_name),
+        **{f"baseline {name}": folder.model(name) for name in folder.config.baselines},
+        "groups": folder.groups,
+        "figures": folder.evaluation / "evaluation.json",
+        "plot": folder.evaluation / "win_rate_kl.png",
+    }
+    width = max(map(len, places))
+    for name, path in places.items():
+        print(f"{name:<{width}}  {path}")

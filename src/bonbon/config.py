@@ -1,0 +1,282 @@
+"""The configuration of a run: one pydantic model, read from YAML, changed with `--set key=value`.
+
+Relative paths are taken from the current folder. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bonbon.errors import BonbonError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+ObjectiveName = Literal["bonbon", "sft_bon", "ipo_bon", "bonbon_dpo", "dpo", "ipo"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Settings):
+    """The base model."""
+
+    name: str = Field(description="a model folder or hub id")
+    revision: str | None = None
+    dtype: DType = Field("auto", description="auto: float32 on a CPU, bfloat16 on an accelerator")
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+class PromptsConfig(_Settings):
+    """A file of prompts: JSONL, CSV, Parquet or text."""
+
+    path: Path
+    column: str = "prompt"
+    id_column: str = "prompt_id"
+    split: str | None = Field(None, description="keep rows whose column `split` has this value")
+    limit: int | None = Field(None, ge=1)
+
+
+class SamplingConfig(_Settings):
+    """How completions are drawn. The defaults are the model's own distribution."""
+
+    n: int = Field(8, ge=1, description="completions a prompt")
+    max_new_tokens: int = Field(128, ge=1, description="longest completion, in tokens")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off")
+    seed: int = 0
+    max_batch_tokens: int = Field(32_768, ge=1, description="prompt and completion tokens a batch")
+    on_long_prompt: Literal["error", "skip", "truncate"] = "error"
+    shard_size: int = Field(64, ge=1, description="prompts a shard; a stop loses at most one shard")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top-k or top-p cuts tokens off the distribution."""
+        return self.top_k > 0 or self.top_p < 1
+
+
+class RewardConfig(_Settings):
+    """A reward: exactly one of a model, a Python function, or a weighted sum of rewards."""
+
+    model: str | None = Field(None, description="a sequence-classification model with one output")
+    function: str | None = Field(None, description="package.module:function")
+    sum: tuple[RewardConfig, ...] | None = None
+    weight: float = Field(1.0, allow_inf_nan=False, description="as a part of a sum")
+    revision: str | None = None
+    dtype: DType = "auto"
+    device: str = "auto"
+    max_batch_tokens: int = Field(16_384, ge=1)
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        kinds = [kind for kind in (self.model, self.function, self.sum) if kind]
+        if len(kinds) != 1:
+            raise ValueError("a reward is exactly one of `model`, `function` and `sum`")
+        return self
+
+
+class LoraSettings(_Settings):
+    """Train a LoRA adapter instead of all weights."""
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class TrainConfig(_Settings):
+    """Fine-tuning on best and worst of each group. Batches count groups."""
+
+    objective: ObjectiveName = "bonbon"
+    learning_rate: float = Field(5e-7, gt=0)
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(16, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    alpha: float = Field(0.005, ge=0, le=1)
+    beta: float = Field(0.1, gt=0, description="of the dpo and ipo baselines")
+    optimizer: str = Field("adamw_torch", description="a transformers optimiser; paper: rmsprop")
+    adam_beta2: float = Field(0.98, gt=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    lr_scheduler: str = "linear"
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    max_grad_norm: float = Field(10.0, gt=0)
+    seed: int = 0
+    dtype: DType = Field("float32", description="of the trained weights")
+    bf16: bool = Field(False, description="compute in bfloat16 (autocast)")
+    gradient_checkpointing: bool = False
+    share_prompt: bool | None = None
+    save_steps: int = Field(200, ge=1)
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="groups held out for the eval loss")
+    eval_steps: int = Field(50, ge=1)
+    early_stopping_patience: int | None = Field(None, ge=1)
+    lora: LoraSettings | None = None
+
+    @model_validator(mode="after")
+    def _early_stopping_needs_groups(self) -> Self:
+        if self.early_stopping_patience is not None and self.eval_fraction == 0:
+            raise ValueError("early_stopping_patience needs an eval_fraction above 0")
+        return self
+
+
+class EvaluationConfig(_Settings):
+    """Measuring on held-out prompts."""
+
+    prompts: PromptsConfig | None = Field(None, description="else `holdout` of the prompts")
+    holdout: float = Field(0.2, gt=0, lt=1, description="held out when there are no own prompts")
+    k: int = Field(8, ge=1, description="completions a prompt from each model")
+    seed: int = 1
+    rewards: dict[str, RewardConfig] = Field(
+        default_factory=dict, description="further rewards, never trained on (a gold reward)"
+    )
+    bootstrap: int = Field(2000, ge=100, description="resamples for the 95% intervals")
+
+
+class RunConfig(_Settings):
+    """Everything that defines a run."""
+
+    model: ModelConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig
+    train: TrainConfig = TrainConfig()
+    baselines: dict[str, TrainConfig] = Field(
+        default_factory=dict, description="further models, trained and measured beside"
+    )
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _checks(self) -> Self:
+        if self.sampling.n < 2:
+            raise ValueError(
+                "sampling.n: best-of-n against worst needs n >= 2; with n = 1 nothing is chosen"
+            )
+        taken = {"base", f"best-of-{self.sampling.n}", self.model_name}
+        for name in self.baselines:
+            if name in taken or not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(
+                    f"baselines: {name!r} is taken or not made of letters, digits, '-' and '_'"
+                )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The name of the trained model in tables: its objective."""
+        return self.train.objective
+
+    @property
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Every model to train, the main one last."""
+        return {**self.baselines, self.model_name: self.train}
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `key=value` overrides (`train.learning_rate=1e-5`).
+
+    Raises BonbonError naming the wrong key or value and what was expected.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BonbonError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BonbonError(f"the configuration {path} is not UTF-8") from error
+    return parse_config(_yaml(text, str(path)), overrides, source=str(path))
+
+
+def parse_config(
+    values: Any, overrides: Sequence[str] = (), source: str = "the configuration"
+) -> RunConfig:
+    """A checked configuration from plain values. Raises BonbonError as `load_config` does."""
+    if not isinstance(values, dict):
+        raise BonbonError(f"{source}: expected keys such as model, prompts, reward; it is empty")
+    values = dict(values)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise BonbonError(f"--set {override!r}: write it as key=value, e.g. sampling.n=4")
+        _set(values, key.split("."), _yaml(value, f"--set {override}"), override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise BonbonError(f"{source}: {'; '.join(_explain(error))}") from error
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return _as_number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise BonbonError(f"{source} is not YAML: {reason}") from error
+
+
+def _as_number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as a text; here it is a number, as everyone means it."""
+    if isinstance(value, dict):
+        return {key: _as_number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_number(item) for item in value]
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            raise BonbonError(f"--set {override!r}: {key} has no keys of its own")
+        values[key] = dict(inner or {})
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = ", ".join(_known_keys(problem["loc"]))
+            yield f"unknown key {where} (known here: {known})"
+        elif problem["type"] == "missing":
+            yield f"the key {where} is missing"
+        elif where:
+            yield f"{where} = {problem['input']!r:.60}: {message}"
+        else:
+            yield message
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    kind: Any = RunConfig
+    for part in location[:-1]:
+        field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
+        kind = _settings_class(field.annotation) if field is not None else kind
+    return list(kind.model_fields)
+
+
+def _settings_class(annotation: Any) -> Any:
+    """The settings class inside an annotation such as `X | None` or `dict[str, X]`."""
+    for inner in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            return inner
+    return RewardConfig if "RewardConfig" in str(annotation) else TrainConfig
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}, for naming what differs between two configurations."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

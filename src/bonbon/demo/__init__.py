@@ -1,0 +1,64 @@
+"""The embedded demo: happier bedtime stories, on two small models that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bonbon.config import RunConfig, parse_config
+
+if TYPE_CHECKING:
+    from bonbon.run_folder import RunFolder
+
+HERE = Path(__file__).parent
+STORY_MODEL = HERE / "story-model"
+REWARD_MODEL = HERE / "reward-model"
+PROMPTS = HERE / "prompts.jsonl"
+
+
+def demo_config(*, short: bool = False, seed: int = 0) -> RunConfig:
+    """The demo as an ordinary configuration; `short` takes fewer prompts and rougher figures."""
+    prompts = {"path": str(PROMPTS), "split": "train", "limit": 96 if short else None}
+    held_out = {"path": str(PROMPTS), "split": "eval", "limit": 32 if short else None}
+    training: dict[str, Any] = {"learning_rate": 4e-5, "epochs": 2, "batch_size": 16, "seed": seed}
+    return parse_config(
+        {
+            "model": {"name": str(STORY_MODEL), "device": "cpu"},
+            "prompts": prompts,
+            "sampling": {"n": 8, "max_new_tokens": 64, "seed": seed},
+            "reward": {"model": str(REWARD_MODEL), "device": "cpu"},
+            "train": {**training, "objective": "bonbon"},
+            "baselines": {
+                "sft_bon": {**training, "objective": "sft_bon", "learning_rate": 3e-4},
+            },
+            "evaluation": {
+                "prompts": held_out,
+                "k": 8,
+                "seed": seed + 1,
+                "rewards": {"gold": {"function": "bonbon.demo.sentiment:compound"}},
+            },
+        },
+        source="the demo's configuration",
+    )
+
+
+def side_by_side(folder: RunFolder, openings: int = 3) -> str:
+    """Some held-out openings with a continuation of the base and of the aligned model."""
+    from bonbon.groups import read_groups
+
+    base = read_groups(folder.evaluation / "base")
+    aligned = read_groups(folder.evaluation / folder.config.model_name)
+    lines = ["", "Some held-out openings, each model's first draw:"]
+    step = max(1, len(base) // openings)
+    for before, after in list(zip(base, aligned, strict=True))[::step][:openings]:
+        lines += [
+            "",
+            f"  {before.prompt}",
+            f"    base     …{_one_line(before.completions[0])}",
+            f"    aligned  …{_one_line(after.completions[0])}",
+        ]
+    return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,10 @@
+"""The one exception for everything a user can put right."""
+
+from __future__ import annotations
+
+
+class BonbonError(Exception):
+    """Bad input, configuration or state, in one sentence that names the place and the way out.
+
+    The command line prints the sentence and exits with 2; a library caller catches this class.
+    """

@@ -1,0 +1,231 @@
+"""Groups: the one data format that every stage reads or writes.
+
+A `Group` is one prompt with its n completions, their token ids, log-probabilities and rewards. On
+disk a data set is a folder of Parquet shards, `shard-00000.parquet` and so on, that
+`datasets.load_dataset("parquet", data_files="FOLDER/*.parquet")` opens as it is. The schema's
+version and the provenance (model, revision, sampling settings, reward) are JSON under the key
+`bonbon` of each file's metadata.
+
+| column | type | meaning |
+|---|---|---|
+| `prompt_id` | string | unique in the data set |
+| `prompt` | string, or list of {role, content} | as the user gave it |
+| `prompt_token_ids` | list of int32 | what the model was conditioned on |
+| `completions` | list of string | decoded text, special tokens left out |
+| `token_ids` | list of list of int32 | the drawn tokens, the end token included where it was drawn |
+| `logprobs` | list of double | log-probability of each completion's drawn tokens under the model and the sampling settings in the provenance, summed (nats) |
+| `rewards` | list of double, or null | null until scored |
+| `finish_reasons` | list of string | `stop` (the end token was drawn) or `length` |
+| `metrics` | map of string to list of double | further figures, one a completion: a second reward, KL |
+"""  # noqa: E501 (a table row cannot be broken)
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from bonbon.errors import BonbonError
+from bonbon.files import atomic_path
+
+SCHEMA_VERSION = 1
+_METADATA_KEY = b"bonbon"
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and its n completions; all per-completion tuples have length n.
+
+    Raises ValueError when the lengths differ.
+    """
+
+    prompt_id: str
+    prompt: Prompt
+    prompt_token_ids: tuple[int, ...]
+    completions: tuple[str, ...]
+    token_ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[float, ...]
+    finish_reasons: tuple[str, ...]
+    rewards: tuple[float, ...] | None = None
+    metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        columns: dict[str, Sequence[Any]] = {
+            "token_ids": self.token_ids,
+            "logprobs": self.logprobs,
+            "finish_reasons": self.finish_reasons,
+            **self.metrics,
+        }
+        if self.rewards is not None:
+            columns["rewards"] = self.rewards
+        for name, values in columns.items():
+            if len(values) != self.n:
+                raise ValueError(
+                    f"group {self.prompt_id}: {len(values)} {name} for {self.n} completions"
+                )
+
+    @property
+    def n(self) -> int:
+        """The number of completions."""
+        return len(self.completions)
+
+    def lengths(self) -> tuple[int, ...]:
+        """Each completion's length in tokens, a drawn end token included."""
+        return tuple(len(ids) for ids in self.token_ids)
+
+    def with_rewards(self, rewards: Iterable[float]) -> Group:
+        """The same group, scored."""
+        return replace(self, rewards=tuple(float(reward) for reward in rewards))
+
+    def with_metric(self, name: str, values: Iterable[float]) -> Group:
+        """The same group with one more figure per completion."""
+        figures = tuple(float(value) for value in values)
+        return replace(self, metrics={**self.metrics, name: figures})
+
+    def to_row(self) -> dict[str, Any]:
+        """The group as a row of the Parquet table."""
+        return {
+            "prompt_id": self.prompt_id,
+            "prompt": self.prompt,
+            "prompt_token_ids": self.prompt_token_ids,
+            "completions": self.completions,
+            "token_ids": self.token_ids,
+            "logprobs": self.logprobs,
+            "rewards": self.rewards,
+            "finish_reasons": self.finish_reasons,
+            "metrics": list(self.metrics.items()),
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Group:
+        """A group from a row of the Parquet table (or of `datasets.Dataset`)."""
+        rewards, metrics = row.get("rewards"), row.get("metrics") or []
+        pairs = metrics.items() if isinstance(metrics, Mapping) else map(_map_entry, metrics)
+        return cls(
+            prompt_id=row["prompt_id"],
+            prompt=row["prompt"],
+            prompt_token_ids=tuple(row["prompt_token_ids"]),
+            completions=tuple(row["completions"]),
+            token_ids=tuple(tuple(ids) for ids in row["token_ids"]),
+            logprobs=tuple(row["logprobs"]),
+            finish_reasons=tuple(row["finish_reasons"]),
+            rewards=None if rewards is None else tuple(rewards),
+            metrics={name: tuple(values) for name, values in pairs if values is not None},
+        )
+
+
+def _map_entry(entry: Any) -> tuple[str, Any]:
+    # pyarrow gives a map's entries as pairs, `datasets` as {"key", "value"}.
+    return (entry["key"], entry["value"]) if isinstance(entry, Mapping) else (entry[0], entry[1])
+
+
+def _schema(chat: bool) -> pa.Schema:
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [
+            ("prompt_id", pa.string()),
+            ("prompt", pa.list_(message) if chat else pa.string()),
+            ("prompt_token_ids", pa.list_(pa.int32())),
+            ("completions", pa.list_(pa.string())),
+            ("token_ids", pa.list_(pa.list_(pa.int32()))),
+            ("logprobs", pa.list_(pa.float64())),
+            ("rewards", pa.list_(pa.float64())),
+            ("finish_reasons", pa.list_(pa.string())),
+            ("metrics", pa.map_(pa.string(), pa.list_(pa.float64()))),
+        ]
+    )
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Where shard `index` of a data set lies."""
+    return folder / f"shard-{index:05d}.parquet"
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The finished shards of a data set, in order."""
+    return sorted(folder.glob("shard-*.parquet"))
+
+
+def shard_indices(folder: Path) -> list[int]:
+    """The indices of the finished shards of a data set, ascending."""
+    return [int(path.stem.removeprefix("shard-")) for path in shard_paths(folder)]
+
+
+def write_shard(path: Path, groups: Sequence[Group], provenance: Mapping[str, Any]) -> None:
+    """Write one shard atomically (temporary file, fsync, rename).
+
+    Raises BonbonError when plain-text and chat prompts are mixed or the folder cannot be written.
+    """
+    kinds = {isinstance(group.prompt, str) for group in groups}
+    if len(kinds) > 1:
+        raise BonbonError(
+            f"{path.name}: a data set holds either plain-text or chat prompts, not both; split it"
+        )
+    schema = _schema(chat=kinds == {False})
+    record = {"schema_version": SCHEMA_VERSION, "provenance": dict(provenance)}
+    table = pa.Table.from_pylist([group.to_row() for group in groups], schema=schema)
+    table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(record, ensure_ascii=False)})
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_shard(path: Path) -> Groups:
+    """Read one shard. Raises BonbonError when it is not a Parquet file of groups."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise BonbonError(f"cannot read {path} as Parquet: {error}") from error
+    record = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise BonbonError(
+            f"{path} holds no groups of schema version {SCHEMA_VERSION} "
+            f"(found {record.get('schema_version')}); make it again with `bonbon sample`"
+        )
+    return Groups([Group.from_row(row) for row in table.to_pylist()], record["provenance"])
+
+
+def iter_shards(folder: Path) -> Iterator[Groups]:
+    """Each shard of a data set in turn, one in memory at a time."""
+    return map(read_shard, shard_paths(folder))
+
+
+def read_groups(folder: Path | str) -> Groups:
+    """Read a whole data set. Raises BonbonError when there is none, or when an id occurs twice."""
+    shards = list(iter_shards(Path(folder)))
+    if not shards:
+        raise BonbonError(f"no groups in {folder}: it has no shard-*.parquet files")
+    groups = Groups([group for shard in shards for group in shard], shards[0].provenance)
+    seen: set[str] = set()
+    for group in groups:
+        if group.prompt_id in seen:
+            raise BonbonError(f"prompt_id {group.prompt_id!r} occurs twice in {folder}")
+        seen.add(group.prompt_id)
+    return groups
+
+
+class Groups(Sequence[Group]):
+    """A read-only sequence of groups with the provenance they were stored with."""
+
+    def __init__(self, groups: Sequence[Group], provenance: Mapping[str, Any] | None = None):
+        self._groups = list(groups)
+        self.provenance: dict[str, Any] = dict(provenance or {})
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> Groups: ...
+    def __getitem__(self, index: int | slice) -> Group | Groups:
+        if isinstance(index, slice):
+            return Groups(self._groups[index], self.provenance)
+        return self._groups[index]
+
+    def __len__(self) -> int:
+        return len(self._groups)

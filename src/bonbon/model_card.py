@@ -1,0 +1,93 @@
+"""The card (README.md) of a trained model: what it is, how it was made, what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import yaml
+
+from bonbon.config import RewardConfig, RunConfig
+
+if TYPE_CHECKING:
+    from bonbon.evaluation import Figure, ModelEvaluation
+
+
+def model_card(
+    config: RunConfig, name: str, results: Mapping[str, ModelEvaluation], prompts: int
+) -> str:
+    """The card's Markdown text."""
+    settings, sampling = config.trainings[name], config.sampling
+    is_adapter = settings.lora is not None
+    header = {
+        "base_model": config.model.name,
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["bonbon", "best-of-n", "alignment"],
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# {name}: {_code(config.model.name)} aligned towards best-of-{sampling.n}",
+        "",
+        f"Fine-tuned with BoNBoN's objective `{settings.objective}` on {sampling.n} scored "
+        f"completions a prompt{' (a LoRA adapter)' if is_adapter else ''}.",
+        "",
+        "## Measured",
+        "",
+        f"On {prompts} held-out prompts, {config.evaluation.k} completions each; 95% intervals by "
+        "bootstrap over prompts.",
+        "",
+        "| figure | this model | best-of-" + str(sampling.n) + " |",
+        "|---|---|---|",
+        *_figures(results[name], results[f"best-of-{sampling.n}"]),
+        "",
+        "*Recovered* is the share of best-of-n's win-rate gain; *KL efficiency* is the least KL "
+        "that any rank-based tilt needs for this win rate, over the measured KL (1 is the limit).",
+        "",
+        "## How it was made",
+        "",
+        f"- base model: {_code(config.model.name)}"
+        + (f", revision {_code(config.model.revision)}" if config.model.revision else ""),
+        f"- reward: {_reward(config.reward)}",
+        f"- sampling: temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, top-k "
+        f"{sampling.top_k or 'off'}, at most {sampling.max_new_tokens} tokens",
+        f"- training: {settings.optimizer}, learning rate {settings.learning_rate:g}, "
+        f"{settings.epochs:g} epochs, {settings.batch_size} groups a batch, seed {settings.seed}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(model: ModelEvaluation, best: ModelEvaluation) -> list[str]:
+    rows = [
+        ("win rate against the base model", model.win_rate, best.win_rate),
+        *(
+            (f"win rate by {key}", figure, best.win_rate_by[key])
+            for key, figure in model.win_rate_by.items()
+        ),
+        ("KL from the base model (nats)", model.kl, best.kl),
+        ("recovered", model.recovered, best.recovered),
+        ("KL efficiency", model.kl_efficiency, best.kl_efficiency),
+        ("length (tokens)", model.length, best.length),
+        ("length change (tokens)", model.length_change, best.length_change),
+        ("tokens drawn for an answer", model.tokens_per_answer, best.tokens_per_answer),
+    ]
+    return [f"| {name} | {_figure(ours)} | {_figure(theirs)} |" for name, ours, theirs in rows]
+
+
+def _figure(figure: Figure | None) -> str:
+    if figure is None:
+        return "–"
+    return f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"
+
+
+def _code(text: str | None) -> str:
+    return f"`{str(text).replace('`', '')}`"
+
+
+def _reward(reward: RewardConfig) -> str:
+    if reward.sum:
+        return " + ".join(f"{part.weight:g} × {_reward(part)}" for part in reward.sum)
+    return _code(reward.model or reward.function)

@@ -1,0 +1,80 @@
+"""Loading policies: a causal language model and its tokenizer, adapters included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bonbon.errors import BonbonError
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """`auto` is the first accelerator that torch sees, else the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on an accelerator and float32 on the CPU, where 16 bits are slow."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def load_pretrained(loader: Any, what: str, name: str, **options: Any) -> Any:
+    """`loader.from_pretrained(name)`; BonbonError in one sentence when it cannot be loaded."""
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise BonbonError(f"{what} {name}: there is no such folder")
+    try:
+        return loader.from_pretrained(str(Path(name).expanduser()), **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise BonbonError(f"{what} {name} cannot be loaded: {reason}") from error
+
+
+def load_policy(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    `name` is a Hugging Face model folder or id, or a PEFT adapter folder (its base is loaded with
+    it). Weights are read from safetensors only. Raises BonbonError when anything is missing.
+    """
+    where = pick_device(device)
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = load_pretrained(
+        AutoModelForCausalLM,
+        "model",
+        name,
+        dtype=pick_dtype(dtype, where),
+        use_safetensors=True,
+        **shared,
+    )
+    tokenizer = load_pretrained(AutoTokenizer, "tokenizer of", name, **shared)
+    return model.to(where).eval(), tokenizer
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a completion: the generation config's and the tokenizer's."""
+    ends: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        ends.update([value] if isinstance(value, int) else value or [])
+    return tuple(sorted(ends))
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens a prompt and its completion may have together, where the model says so."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

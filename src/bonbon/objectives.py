@@ -1,0 +1,172 @@
+"""Training objectives: pure functions of log-probabilities summed over tokens, one an objective.
+
+Each argument is a tensor of shape (groups,): ln π(y | x), summed over the completion's tokens in
+nats, under the policy being trained (`best`, `worst`, `chosen`, `rejected`) or under the base model
+(`ref_…`). Each returns losses of shape (groups,); the caller averages. Nothing is divided by a
+length, and no objective has modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from bonbon.tilt import BestOfN
+
+PAPER_ALPHA = 0.005
+
+
+def bon_target(n: int) -> float:
+    """(n−1)·H_{n−1}, the expected log-density ratio of the best of n over the worst, in nats.
+
+    From the tilt: E[ln f(U_(n)) − ln f(U_(1))] for f(u) = n u^(n−1) (Gui et al. 2024, section 4).
+    Raises ValueError for n < 2, where best and worst are one completion.
+    """
+    if n < 2:
+        raise ValueError(f"best against worst needs n >= 2 completions, got n = {n}")
+    return float(BestOfN(n).rank_log_ratio(n, 1, n))
+
+
+def bon_beta(n: int) -> float:
+    """The IPO β with target 1/(2β) = (n−1)·H_{n−1}: 0.0275 for n = 8."""
+    return 1 / (2 * bon_target(n))
+
+
+def sft_bon(best: torch.Tensor) -> torch.Tensor:
+    """−ln π(y_best): maximum likelihood on the best of n (the paper's SFT-BoN)."""
+    return -best
+
+
+def ipo_bon(
+    best: torch.Tensor,
+    worst: torch.Tensor,
+    ref_best: torch.Tensor,
+    ref_worst: torch.Tensor,
+    n: int,
+) -> torch.Tensor:
+    """(ln[π(y_b)/π(y_w)] − ln[π0(y_b)/π0(y_w)] − (n−1)H_{n−1})² (the paper's IPO-BoN)."""
+    return ((best - worst) - (ref_best - ref_worst) - bon_target(n)) ** 2
+
+
+def bonbon(
+    best: torch.Tensor,
+    worst: torch.Tensor,
+    ref_best: torch.Tensor,
+    ref_worst: torch.Tensor,
+    n: int,
+    alpha: float = PAPER_ALPHA,
+) -> torch.Tensor:
+    """α·SFT-BoN + (1−α)·IPO-BoN (Gui et al. 2024, section 4; the paper's α is 0.005)."""
+    return alpha * sft_bon(best) + (1 - alpha) * ipo_bon(best, worst, ref_best, ref_worst, n)
+
+
+def dpo(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor,
+    ref_rejected: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    """−ln σ(β (ln[π(y_c)/π0(y_c)] − ln[π(y_r)/π0(y_r)])) (Rafailov et al. 2023, equation 7)."""
+    return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+
+
+def ipo(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    ref_chosen: torch.Tensor,
+    ref_rejected: torch.Tensor,
+    beta: float,
+) -> torch.Tensor:
+    """(ln[π(y_c)/π0(y_c)] − ln[π(y_r)/π0(y_r)] − 1/(2β))² (Azar et al. 2023, equation 17).
+
+    On summed log-probabilities, as in the paper. TRL's `ipo` divides them by each completion's
+    length first, so its β is another quantity.
+    """
+    return ((chosen - ref_chosen) - (rejected - ref_rejected) - 1 / (2 * beta)) ** 2
+
+
+def bonbon_dpo(
+    best: torch.Tensor,
+    worst: torch.Tensor,
+    ref_best: torch.Tensor,
+    ref_worst: torch.Tensor,
+    n: int,
+    alpha: float = PAPER_ALPHA,
+) -> torch.Tensor:
+    """α·SFT-BoN + (1−α)·DPO at BoNBoN's β.
+
+    What the released code of Gui et al. computes: it passes BoNBoN's α and β on but leaves the
+    preference part at the sigmoid loss.
+    """
+    preference = dpo(best, worst, ref_best, ref_worst, bon_beta(n))
+    return alpha * sft_bon(best) + (1 - alpha) * preference
+
+
+# --- what the trainer and the configuration select from -------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Summed log-probabilities of each group's best and worst completion, all (groups,), nats.
+
+    `worst` and `ref_worst` are None for an objective that needs the best alone.
+    """
+
+    best: torch.Tensor
+    ref_best: torch.Tensor
+    worst: torch.Tensor | None = None
+    ref_worst: torch.Tensor | None = None
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(best, worst, ref_best, ref_worst). Raises ValueError without the worst."""
+        if self.worst is None or self.ref_worst is None:
+            raise ValueError("this objective needs the worst completion's log-probabilities")
+        return self.best, self.worst, self.ref_best, self.ref_worst
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """The numbers an objective may need: n, the paper's α, and the β of the DPO/IPO baselines."""
+
+    n: int
+    alpha: float = PAPER_ALPHA
+    beta: float = 0.1
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A named objective: its losses, and whether it needs the worst completion."""
+
+    loss: Callable[[PairLogps, ObjectiveSettings], torch.Tensor]
+    uses_worst: bool = True
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "bonbon": Objective(lambda p, s: bonbon(*p.pair(), n=s.n, alpha=s.alpha)),
+    "sft_bon": Objective(lambda p, s: sft_bon(p.best), uses_worst=False),
+    "ipo_bon": Objective(lambda p, s: ipo_bon(*p.pair(), n=s.n)),
+    "bonbon_dpo": Objective(lambda p, s: bonbon_dpo(*p.pair(), n=s.n, alpha=s.alpha)),
+    "dpo": Objective(lambda p, s: dpo(*p.pair(), beta=s.beta)),
+    "ipo": Objective(lambda p, s: ipo(*p.pair(), beta=s.beta)),
+}
+
+
+def pair_metrics(logps: PairLogps, n: int) -> dict[str, torch.Tensor]:
+    """What is logged beside the loss, each of shape (groups,).
+
+    `sft_loss`, and with the worst completion known `ipo_loss`, `margin` (ln[π(y_b)/π(y_w)] −
+    ln[π0(y_b)/π0(y_w)], nats; `target` is where IPO-BoN wants it on average), `accuracy` (whether
+    the margin is positive).
+    """
+    metrics = {"sft_loss": sft_bon(logps.best), "best_log_ratio": logps.best - logps.ref_best}
+    if logps.worst is not None:
+        best, worst, ref_best, ref_worst = logps.pair()
+        margin = (best - ref_best) - (worst - ref_worst)
+        metrics["ipo_loss"] = ipo_bon(best, worst, ref_best, ref_worst, n)
+        metrics["margin"] = margin
+        metrics["accuracy"] = (margin > 0).to(margin.dtype)
+    return metrics

@@ -1,0 +1,83 @@
+"""Plots, drawn with matplotlib without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bonbon.files import atomic_path
+from bonbon.tilt import BestOfN, optimal_win_rate
+
+if TYPE_CHECKING:
+    from bonbon.evaluation import ModelEvaluation
+
+# Okabe and Ito's colours, told apart with every common colour blindness.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "osD^vP"
+
+
+def _frontier_axes(max_kl: float, ns: Sequence[float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    kls = np.linspace(0, max_kl, 400)
+    frontier = optimal_win_rate(kls)
+    axes.plot(kls, frontier, color="black", linewidth=1.2, label="no rank-based policy does better")
+    axes.fill_between(kls, frontier, 1.0, color="black", alpha=0.06, linewidth=0)
+    points = [BestOfN(n) for n in ns if BestOfN(n).kl() <= max_kl]
+    axes.plot(
+        [tilt.kl() for tilt in points],
+        [tilt.win_rate() for tilt in points],
+        "x",
+        color="#555555",
+        label="best-of-n",
+    )
+    for tilt in points:
+        axes.annotate(
+            f"{tilt.n:g}", (tilt.kl(), tilt.win_rate()), (3, -10), textcoords="offset points",
+            fontsize=8, color="#555555",
+        )  # fmt: skip
+    axes.set_xlabel("KL from the base model (nats)")
+    axes.set_ylabel("win rate against the base model")
+    axes.set_ylim(None, 1.005)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    suffix = path.suffix.lstrip(".").lower() or "png"
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=suffix, dpi=160)
+
+
+def plot_frontier(ns: Sequence[float], path: Path) -> None:
+    """Win rate against KL: the optimal frontier and best-of-n for the given n."""
+    figure, axes = _frontier_axes(1.15 * max(BestOfN(max(ns)).kl(), 0.5), ns)
+    axes.legend(loc="lower right", fontsize=8)
+    _save(figure, path)
+
+
+def plot_win_rate_against_kl(results: Mapping[str, ModelEvaluation], n: int, path: Path) -> None:
+    """Every measured model with its intervals, under the frontier and beside best-of-n."""
+    models = {name: r for name, r in results.items() if r.kl.value > 0}
+    max_kl = 1.08 * max([r.kl.high for r in models.values()] + [BestOfN(n).kl()])
+    figure, axes = _frontier_axes(max_kl, sorted({2, 4, 8, 16, 32, 64, 128, n}))
+    for index, (name, result) in enumerate(models.items()):
+        win, kl = result.win_rate, result.kl
+        axes.errorbar(
+            [kl.value],
+            [win.value],
+            xerr=[[kl.value - kl.low], [kl.high - kl.value]],
+            yerr=[[win.value - win.low], [win.high - win.value]],
+            fmt=_MARKERS[index % len(_MARKERS)],
+            color=_COLOURS[index % len(_COLOURS)],
+            capsize=2,
+            label=f"{name} (measured)",
+        )
+    axes.plot([0], [0.5], "*", color="black", label="base model")
+    axes.legend(loc="lower right", fontsize=8)
+    _save(figure, path)

@@ -1,0 +1,210 @@
+"""Rewards: anything that maps (prompts, completions) to one number a completion.
+
+A reward sees a prompt as the user gave it (a text or a list of messages) and a completion's text.
+`score_groups` is the only caller: it refuses NaN, infinities and wrong shapes, naming the prompt
+and the completion, so that no reward can silently change a result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bonbon.batching import token_batches
+from bonbon.errors import BonbonError
+from bonbon.groups import Group, Message, Prompt
+from bonbon.models import load_pretrained, pick_device, pick_dtype
+
+RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Any]
+
+
+class Reward(Protocol):
+    """Scores completions; larger is better."""
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """Rewards of shape (len(completions),), float64; `prompts[i]` belongs to completion i."""
+        ...
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A Python function `(prompts, completions) -> numbers`, named `package.module:function`.
+
+    Raises BonbonError when it cannot be found or when a call of it raises.
+    """
+
+    name: str
+    function: RewardFunction
+
+    @classmethod
+    def from_name(cls, name: str) -> FunctionReward:
+        """Import the function; modules in the current folder are found too."""
+        module_name, _, function_name = name.partition(":")
+        if not module_name or not function_name:
+            raise BonbonError(f"reward function {name!r}: write it as package.module:function")
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            function = getattr(importlib.import_module(module_name), function_name)
+        except Exception as error:  # an import runs the user's code: anything may come out of it
+            raise BonbonError(
+                f"reward function {name!r} cannot be imported: {_said(error)}"
+            ) from error
+        if not callable(function):
+            raise BonbonError(f"reward function {name!r} is not a function")
+        return cls(name, function)
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        try:
+            return np.asarray(self.function(prompts, completions), dtype=np.float64)
+        except Exception as error:  # the user's code again
+            raise BonbonError(f"reward function {self.name!r} failed: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+class RewardModel:
+    """A Hugging Face sequence-classification model with a single output as a reward.
+
+    With a chat template in its tokenizer, the conversation with the completion as its last message
+    is scored; otherwise the pair (prompt, completion) as the tokenizer encodes pairs. In a pair, a
+    conversation of one user message is that message's text, a longer one is written out line by
+    line as `role: content`. Texts too long for the model lose tokens at their beginning.
+    Batches are sorted by length and hold at most `max_batch_tokens` padded tokens.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, processing_class: Tokenizer, max_batch_tokens: int = 16_384
+    ) -> None:
+        if model.config.num_labels != 1:
+            raise BonbonError(
+                f"the reward model has {model.config.num_labels} outputs; a reward model has one"
+            )
+        self.model = model
+        self.tokenizer = processing_class
+        self.max_batch_tokens = max_batch_tokens
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.model.config.pad_token_id is None:
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_batch_tokens: int = 16_384,
+        trust_remote_code: bool = False,
+    ) -> RewardModel:
+        """Load from a folder or a hub id, safetensors only. Raises BonbonError when it fails."""
+        where = pick_device(device)
+        shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+        model = load_pretrained(
+            AutoModelForSequenceClassification,
+            "reward model",
+            name,
+            dtype=pick_dtype(dtype, where),
+            use_safetensors=True,
+            **shared,
+        )
+        tokenizer = load_pretrained(AutoTokenizer, "tokenizer of", name, **shared)
+        return cls(model.to(where).eval(), tokenizer, max_batch_tokens)
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        rows = [self.encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        rewards = np.empty(len(rows))
+        for batch in token_batches(rows, [len(row) for row in rows], self.max_batch_tokens):
+            rewards[batch] = self._score([rows[index] for index in batch])
+        return rewards
+
+    def encode(self, prompt: Prompt, completion: str) -> list[int]:
+        """The token ids that the model reads for one completion."""
+        if self.tokenizer.chat_template is not None:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            ids = self.tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": completion}],
+                tokenize=True,
+                return_dict=False,
+            )
+        else:
+            ids = self.tokenizer(as_text(prompt), completion)["input_ids"]
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        return list(ids if longest is None else ids[-longest:])
+
+    @torch.inference_mode()
+    def _score(self, rows: list[list[int]]) -> np.ndarray:
+        padded = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+        logits = self.model(**padded.to(self.model.device)).logits
+        return np.asarray(logits.squeeze(-1).double().cpu())
+
+
+def as_text(prompt: Prompt) -> str:
+    """A prompt as one text, for models that read pairs of texts."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(_line(message) for message in prompt)
+
+
+def _line(message: Message) -> str:
+    return f"{message['role']}: {message['content']}"
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Σ weight · reward, for rewards that should be traded against each other."""
+
+    parts: tuple[tuple[float, Reward], ...]
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        total = np.zeros(len(completions))
+        for index, (weight, reward) in enumerate(self.parts):
+            values = np.asarray(reward(prompts, completions), dtype=np.float64)
+            if values.shape != total.shape:  # or numpy would broadcast a single number
+                raise BonbonError(
+                    f"part {index + 1} of the weighted sum returned shape {values.shape} for "
+                    f"{len(completions)} completions"
+                )
+            total += weight * values
+        return total
+
+
+def score_groups(reward: Reward, groups: Sequence[Group]) -> list[tuple[float, ...]]:
+    """The rewards of each group's completions, all groups in one call of the reward.
+
+    Raises BonbonError for a wrong shape, or for a NaN or an infinity, naming prompt and completion.
+    """
+    prompts = [group.prompt for group in groups for _ in group.completions]
+    completions = [text for group in groups for text in group.completions]
+    rewards = np.asarray(reward(prompts, completions), dtype=np.float64)
+    if rewards.shape != (len(completions),):
+        raise BonbonError(
+            f"the reward returned shape {rewards.shape} for {len(completions)} completions (prompts"
+            f" {groups[0].prompt_id} to {groups[-1].prompt_id}); it must return one number each"
+        )
+    scored, start = [], 0
+    for group in groups:
+        values = rewards[start : start + group.n]
+        start += group.n
+        for k in np.flatnonzero(~np.isfinite(values)):
+            raise BonbonError(
+                f"the reward of prompt {group.prompt_id}, completion {k + 1} of {group.n} "
+                f"({group.completions[k]!r:.60}) is {values[k]}; a reward must be finite"
+            )
+        scored.append(tuple(values.tolist()))
+    return scored

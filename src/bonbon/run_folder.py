@@ -1,0 +1,147 @@
+"""A run's folder: what was asked for, and what must not be mixed.
+
+Each stage notes the settings its output depends on under `.bonbon/` before it starts. The same
+command later finds the note, compares, and goes on; a command with other settings is refused with
+the names of what differs. Settings that cannot change a result (batch sizes in tokens, devices) are
+not compared.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bonbon.config import RunConfig, flatten
+from bonbon.errors import BonbonError
+from bonbon.files import read_json, write_json, write_text
+from bonbon.groups import shard_paths
+
+_NEUTRAL = ("max_batch_tokens", "device")
+
+
+class RunFolder:
+    """The layout of a run's folder.
+
+    `samples/` and `groups/` hold the drawn and the scored groups, `model/` and
+    `baselines/NAME/` the trained models, `evaluation/` the evaluation, `.bonbon/` notes and
+    training checkpoints.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self.samples = path / "samples"
+        self.groups = path / "groups"
+        self.evaluation = path / "evaluation"
+        self._notes = path / ".bonbon"
+
+    def model(self, name: str) -> Path:
+        """Where the model of that name is put."""
+        if name == self.config.model_name:
+            return self.path / "model"
+        return self.path / "baselines" / name
+
+    def checkpoints(self, name: str) -> Path:
+        """Where the checkpoints of a training lie until it is done."""
+        return self._notes / f"training-{name}"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; BonbonError when another process does, or it cannot be written."""
+        try:
+            self._notes.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._notes / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise BonbonError(
+                f"cannot write the output folder {self.path}: {error.strerror}; choose "
+                "another --out"
+            ) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise BonbonError(
+                    f"another bonbon process is working in {self.path}; wait for it or choose "
+                    "another --out"
+                ) from error
+            self._refuse_strangers()
+            yield
+        finally:
+            os.close(handle)
+
+    def _refuse_strangers(self) -> None:
+        strangers = [p.name for p in self.path.iterdir() if p.name != ".bonbon"]
+        if strangers and not any(self._notes.glob("*.json")):
+            raise BonbonError(
+                f"{self.path} is not empty and holds no run ({strangers[0]} is in it); choose "
+                "another --out"
+            )
+
+    def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
+        """Note a stage's settings, or compare them with those it was begun with.
+
+        Raises BonbonError naming what differs.
+        """
+        note = self._notes / f"{stage}.json"
+        wanted = {
+            key: value
+            for key, value in flatten(settings).items()
+            if key.rsplit(".", 1)[-1] not in _NEUTRAL
+        }
+        found = read_json(note) if note.exists() else wanted
+        differing = [
+            f"{key} was {found.get(key)!r} and is now {wanted.get(key)!r}"
+            for key in sorted({*found, *wanted})
+            if found.get(key) != wanted.get(key)
+        ]
+        if differing:
+            raise BonbonError(
+                f"{self.path} was made with other settings: {'; '.join(differing[:5])}"
+                f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}; choose "
+                "another --out, or undo the change"
+            )
+        write_json(note, wanted)
+        dump = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        write_text(self.path / "config.yaml", dump)
+
+    def finish(self, stage: str, shards: int) -> None:
+        """Note that a stage has written all its shards."""
+        write_json(self._notes / f"{stage}.done.json", {"shards": shards})
+
+    def is_finished(self, stage: str, output: Path) -> bool:
+        """Whether a stage was finished and its shards are still all there."""
+        note = self._notes / f"{stage}.done.json"
+        return note.exists() and read_json(note)["shards"] == len(shard_paths(output))
+
+    def last_checkpoint(self, name: str) -> Path | None:
+        """The newest whole checkpoint of a training; torn ones are removed."""
+        found = []
+        for folder in self.checkpoints(name).glob("checkpoint-*"):
+            # The trainer's state is the last file that a checkpoint gets.
+            try:
+                read_json(folder / "trainer_state.json")
+            except BonbonError:
+                shutil.rmtree(folder)
+                continue
+            found.append(folder)
+        return max(found, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def file_digest(path: Path) -> str:
+    """A short hash of a file's content."""
+    digest = hashlib.blake2b(digest_size=8)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise BonbonError(f"cannot read {path}: {error.strerror or error}") from error
+    return digest.hexdigest()

@@ -1,0 +1,429 @@
+"""Tilts of the base model in reward-quantile space.
+
+Let u in [0, 1] be the quantile of a completion's reward among the base model's completions for the
+same prompt. A *tilt* is a density f on [0, 1]; the tilted policy is π(y) = π0(y) f(u(y)). Under the
+base model u is uniform (for continuous rewards), so the tilted policy's win rate against the base
+model is ∫ u f(u) du and its KL divergence from it is ∫ f(u) ln f(u) du, whatever the model, the
+prompt or the reward. All KLs are in nats, all arithmetic is float64; nothing here needs torch.
+
+Sources: Gui, Gârbacea, Veitch 2024 (arXiv 2406.00832): the tilt view, Theorem 1 (the optimal tilt)
+and section 4 (BoNBoN's target). Beirami et al. 2024 (arXiv 2401.01879): discrete outcomes and the
+KL estimator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import digamma, gammaln
+
+Floats = NDArray[np.float64]
+
+__all__ = [
+    "BestOfN",
+    "ExponentialTilt",
+    "Identity",
+    "Tilt",
+    "WorstOfN",
+    "best_of_n_bounds",
+    "best_of_n_kl_estimate",
+    "best_of_n_pmf",
+    "best_of_n_rank_weights",
+    "kl_pmf",
+    "optimal_kl",
+    "optimal_win_rate",
+    "tilted_pmf",
+    "win_rate_pmf",
+]
+
+
+@runtime_checkable
+class Tilt(Protocol):
+    """A density f on the reward quantile u in [0, 1]."""
+
+    def win_rate(self) -> float:
+        """Probability that the tilted policy beats the base model, a tie counting half: E_f[u]."""
+        ...
+
+    def kl(self) -> float:
+        """KL(tilted ‖ base) in nats: E_f[ln f(u)]."""
+        ...
+
+    def log_density(self, u: ArrayLike) -> Floats:
+        """ln f(u), elementwise; −inf where the density is 0."""
+        ...
+
+    def cdf(self, u: ArrayLike) -> Floats:
+        """∫_0^u f, elementwise."""
+        ...
+
+    def quantile(self, p: ArrayLike) -> Floats:
+        """The inverse of `cdf`, elementwise: a uniform p gives a draw from the tilt."""
+        ...
+
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+        """E[ln f(U_(i)) − ln f(U_(j))] for the i-th and j-th smallest of m base samples (nats)."""
+        ...
+
+
+def _unit(u: ArrayLike, name: str) -> Floats:
+    array = np.asarray(u, dtype=np.float64)
+    if not np.all((array >= 0) & (array <= 1)):
+        raise ValueError(f"{name} must lie in [0, 1]")
+    return array
+
+
+def _ranks(i: ArrayLike, j: ArrayLike, m: float) -> tuple[Floats, Floats]:
+    low, high = np.asarray(i, dtype=np.float64), np.asarray(j, dtype=np.float64)
+    for ranks in (low, high):
+        if not np.all((ranks >= 1) & (ranks <= m)):
+            raise ValueError(f"ranks must lie in 1..{m} (1 is the smallest of m = {m})")
+    return low, high
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The base model itself: f(u) = 1."""
+
+    def win_rate(self) -> float:
+        return 0.5
+
+    def kl(self) -> float:
+        return 0.0
+
+    def log_density(self, u: ArrayLike) -> Floats:
+        return np.zeros_like(_unit(u, "u"))
+
+    def cdf(self, u: ArrayLike) -> Floats:
+        return _unit(u, "u")
+
+    def quantile(self, p: ArrayLike) -> Floats:
+        return _unit(p, "p")
+
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+        low, high = _ranks(i, j, m)
+        return np.zeros(np.broadcast(low, high).shape)
+
+
+@dataclass(frozen=True)
+class BestOfN:
+    """The best of n draws: f(u) = n u^(n−1), for any real n ≥ 1."""
+
+    n: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.n) and self.n >= 1):
+            raise ValueError(f"best-of-n needs a finite n >= 1, got n = {self.n}")
+
+    def win_rate(self) -> float:
+        """n/(n+1)."""
+        return self.n / (self.n + 1)
+
+    def kl(self) -> float:
+        """ln n − (n−1)/n nats."""
+        return math.log(self.n) - (self.n - 1) / self.n
+
+    def log_density(self, u: ArrayLike) -> Floats:
+        u = _unit(u, "u")
+        if self.n == 1:
+            return np.zeros_like(u)
+        with np.errstate(divide="ignore"):
+            return np.asarray(math.log(self.n) + (self.n - 1) * np.log(u))
+
+    def cdf(self, u: ArrayLike) -> Floats:
+        """u^n."""
+        return np.asarray(_unit(u, "u") ** self.n)
+
+    def quantile(self, p: ArrayLike) -> Floats:
+        return np.asarray(_unit(p, "p") ** (1 / self.n))
+
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+        """(n−1)(ψ(i) − ψ(j)), whatever m; i = m = n, j = 1 gives BoNBoN's (n−1)·H_{n−1}."""
+        low, high = _ranks(i, j, m)
+        return np.asarray((self.n - 1) * (digamma(low) - digamma(high)))
+
+
+@dataclass(frozen=True)
+class WorstOfN:
+    """The worst of n draws: f(u) = n (1−u)^(n−1), best-of-n seen from the other end."""
+
+    n: float
+
+    def __post_init__(self) -> None:
+        BestOfN(self.n)
+
+    def win_rate(self) -> float:
+        """1/(n+1)."""
+        return 1 / (self.n + 1)
+
+    def kl(self) -> float:
+        return BestOfN(self.n).kl()
+
+    def log_density(self, u: ArrayLike) -> Floats:
+        return BestOfN(self.n).log_density(1 - _unit(u, "u"))
+
+    def cdf(self, u: ArrayLike) -> Floats:
+        return 1 - BestOfN(self.n).cdf(1 - _unit(u, "u"))
+
+    def quantile(self, p: ArrayLike) -> Floats:
+        return 1 - BestOfN(self.n).quantile(1 - _unit(p, "p"))
+
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+        low, high = _ranks(i, j, m)
+        return BestOfN(self.n).rank_log_ratio(m + 1 - low, m + 1 - high, m)
+
+
+# Below this |β| the closed forms of the exponential tilt lose digits to cancellation; their Taylor
+# series are exact to float64 there.
+_SMALL_BETA = 0.05
+
+
+@dataclass(frozen=True)
+class ExponentialTilt:
+    """The optimal tilt, f(u) = β e^(βu) / (e^β − 1): the largest win rate at its KL (Theorem 1).
+
+    A negative β prefers low rewards; β = 0 is the base model.
+    """
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.beta):
+            raise ValueError(f"the exponential tilt needs a finite beta, got {self.beta}")
+
+    def win_rate(self) -> float:
+        """1/(1 − e^(−β)) − 1/β."""
+        return _exponential_win_rate(self.beta)
+
+    def kl(self) -> float:
+        """β·win − ln((e^β − 1)/β) nats."""
+        return _exponential_kl(self.beta)
+
+    # A negative β is the mirror image of a positive one, f(u; β) = f(1 − u; −β), and in the
+    # positive form e^(−β) underflows harmlessly where e^β would overflow.
+
+    def log_density(self, u: ArrayLike) -> Floats:
+        u = _unit(u, "u")
+        if self.beta < 0:
+            return ExponentialTilt(-self.beta).log_density(1 - u)
+        if self.beta == 0:
+            return np.zeros_like(u)
+        return np.asarray(self.beta * (u - 1) - math.log(-math.expm1(-self.beta) / self.beta))
+
+    def cdf(self, u: ArrayLike) -> Floats:
+        u = _unit(u, "u")
+        if self.beta < 0:
+            return 1 - ExponentialTilt(-self.beta).cdf(1 - u)
+        if self.beta == 0:
+            return u
+        shifted = np.exp(self.beta * (u - 1)) - math.exp(-self.beta)
+        return np.asarray(shifted / -math.expm1(-self.beta))
+
+    def quantile(self, p: ArrayLike) -> Floats:
+        p = _unit(p, "p")
+        if self.beta < 0:
+            return 1 - ExponentialTilt(-self.beta).quantile(1 - p)
+        if self.beta == 0:
+            return p
+        with np.errstate(divide="ignore"):  # p = 0 with an underflown e^(−β)
+            u = 1 + np.log(p + (1 - p) * math.exp(-self.beta)) / self.beta
+        return np.asarray(np.clip(u, 0, 1))
+
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+        """β (i − j)/(m + 1), since E[U_(i)] = i/(m + 1)."""
+        low, high = _ranks(i, j, m)
+        return np.asarray(self.beta * (low - high) / (m + 1))
+
+
+def _exponential_win_rate(beta: float) -> float:
+    if abs(beta) < _SMALL_BETA:
+        return 0.5 + beta / 12 - beta**3 / 720 + beta**5 / 30240
+    if beta < 0:
+        return 1 - _exponential_win_rate(-beta)
+    return -1 / math.expm1(-beta) - 1 / beta
+
+
+def _exponential_kl(beta: float) -> float:
+    beta = abs(beta)  # f(u; −β) = f(1−u; β)
+    if beta < _SMALL_BETA:
+        return beta**2 / 24 - beta**4 / 960 + beta**6 / 36288
+    decayed = math.exp(-beta)
+    return beta * decayed / -math.expm1(-beta) - 1 - math.log1p(-decayed) + math.log(beta)
+
+
+def _solve_increasing(f: Callable[[float], float], value: float, low: float, high: float) -> float:
+    """The root of an increasing function, by bisection to float64 precision.
+
+    Our own loop, because importing scipy.optimize alone would spend a third of the half second that
+    `bonbon frontier` may take.
+    """
+    for _ in range(200):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        if f(middle) < value:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _optimal_win_rate(kl: float) -> float:
+    if kl == 0:
+        return 0.5
+    # KL grows as ln β − 1, so the solution lies below e^(kl + 2).
+    beta = _solve_increasing(_exponential_kl, kl, 0.0, math.exp(min(kl + 2, 700)))
+    return _exponential_win_rate(beta)
+
+
+def _optimal_kl(win_rate: float) -> float:
+    if win_rate == 1:
+        return math.inf
+    if win_rate == 0.5:
+        return 0.0
+    # 1 − win tends to 1/β and never exceeds it, so the solution lies below 1/(1 − win).
+    edge = max(win_rate, 1 - win_rate)
+    if edge == 1:
+        return math.inf
+    return _exponential_kl(_solve_increasing(_exponential_win_rate, edge, 0.0, 1 / (1 - edge) + 1))
+
+
+def optimal_win_rate(kl: ArrayLike) -> Floats:
+    """The largest win rate any rank-based policy reaches at `kl` nats (elementwise).
+
+    Raises ValueError for a negative or non-finite KL.
+    """
+    kls = np.asarray(kl, dtype=np.float64)
+    if not np.all(np.isfinite(kls) & (kls >= 0)):
+        raise ValueError("kl must be finite and >= 0")
+    return np.asarray(np.vectorize(_optimal_win_rate, otypes=[np.float64])(kls))
+
+
+def optimal_kl(win_rate: ArrayLike) -> Floats:
+    """The least KL in nats with which any rank-based policy reaches `win_rate` (elementwise).
+
+    A win rate under one half costs what its mirror image costs; 0 and 1 cost infinity.
+    Raises ValueError outside [0, 1].
+    """
+    rates = _unit(win_rate, "win_rate")
+    return np.asarray(np.vectorize(_optimal_kl, otypes=[np.float64])(rates))
+
+
+# --- discrete outcomes ----------------------------------------------------------------------------
+
+
+def _checked_pmf(p: ArrayLike, r: ArrayLike) -> tuple[Floats, Floats]:
+    probabilities, rewards = np.asarray(p, dtype=np.float64), np.asarray(r, dtype=np.float64)
+    if probabilities.ndim != 1 or probabilities.shape != rewards.shape:
+        raise ValueError("p and r must be vectors of one length")
+    if np.any(probabilities < 0) or not np.isclose(probabilities.sum(), 1, atol=1e-9):
+        raise ValueError("p must be non-negative and sum to 1")
+    if not np.all(np.isfinite(rewards)):
+        raise ValueError("rewards must be finite")
+    return probabilities, rewards
+
+
+def _levels(p: Floats, r: Floats) -> tuple[NDArray[np.intp], Floats, Floats, Floats]:
+    """Each outcome's reward level, and each level's probability and CDF just below and at it."""
+    _, level = np.unique(r, return_inverse=True)
+    mass: Floats = np.bincount(level, weights=p).astype(np.float64)
+    upper: Floats = np.clip(np.cumsum(mass), 0, 1)
+    upper[-1] = 1.0
+    lower = np.concatenate([[0.0], upper[:-1]])
+    return level, mass, lower, upper
+
+
+def tilted_pmf(p: ArrayLike, r: ArrayLike, tilt: Tilt) -> Floats:
+    """The tilted distribution over finitely many outcomes, exactly.
+
+    A reward level that the base model reaches with CDF F (F⁻ just below) gets the tilt's mass on
+    (F⁻, F]; outcomes that tie share it in proportion to `p`.
+
+    Args:
+        p: base probabilities, shape (outcomes,).
+        r: rewards, shape (outcomes,).
+    """
+    probabilities, rewards = _checked_pmf(p, r)
+    level, mass, lower, upper = _levels(probabilities, rewards)
+    tilted = tilt.cdf(upper) - tilt.cdf(lower)
+    ratio = np.divide(tilted, mass, out=np.zeros_like(mass), where=mass > 0)
+    return np.asarray(probabilities * ratio[level])
+
+
+def best_of_n_pmf(p: ArrayLike, r: ArrayLike, n: float) -> Floats:
+    """The law of the best of n draws: π(y) = p(y)/p(level) · (F^n − F⁻^n), ties shared by `p`.
+
+    Beirami et al. 2024, Lemma 1, extended to ties. For `p` and `r` see `tilted_pmf`.
+    """
+    return tilted_pmf(p, r, BestOfN(n))
+
+
+def win_rate_pmf(q: ArrayLike, p: ArrayLike, r: ArrayLike) -> float:
+    """P(reward of a draw from q > reward of a draw from p), a tie counting half."""
+    challenger, rewards = _checked_pmf(q, r)
+    base, _ = _checked_pmf(p, r)
+    level, _, lower, upper = _levels(base, rewards)
+    return float(np.sum(challenger * ((lower + upper) / 2)[level]))
+
+
+def kl_pmf(q: ArrayLike, p: ArrayLike) -> float:
+    """KL(q ‖ p) in nats; infinite where q has mass that p has not."""
+    challenger, base = np.asarray(q, dtype=np.float64), np.asarray(p, dtype=np.float64)
+    some = challenger > 0
+    if np.any(base[some] <= 0):
+        return math.inf
+    return float(np.sum(challenger[some] * np.log(challenger[some] / base[some])))
+
+
+def best_of_n_bounds(n: float) -> tuple[float, float]:
+    """Upper bounds on best-of-n's win rate and KL for any rewards: (n/(n+1), ln n − (n−1)/n).
+
+    Both are reached for continuous rewards; ties and repeated outcomes only lower them
+    (Beirami et al. 2024, Theorem 1).
+    """
+    tilt = BestOfN(n)
+    return tilt.win_rate(), tilt.kl()
+
+
+def best_of_n_kl_estimate(logprobs: ArrayLike, n: float) -> Floats:
+    """Beirami et al.'s estimate of best-of-n's KL, one value per returned completion (nats).
+
+    With ε the base probability of the returned completion,
+    (1−ε)^n (ln n + (n−1) ln(1−ε) − (n−1)/n) + (1−(1−ε)^n) ln((1−(1−ε)^n)/ε); average it over
+    returned completions (arXiv 2401.01879, section 5). It never exceeds ln n − (n−1)/n.
+
+    Args:
+        logprobs: ln ε of each returned completion under the base model.
+    """
+    BestOfN(n)
+    log_eps = np.asarray(logprobs, dtype=np.float64)
+    if np.any(np.isnan(log_eps)) or np.any(log_eps > 1e-9):
+        raise ValueError("log-probabilities must be numbers <= 0")
+    eps = np.exp(np.minimum(log_eps, 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_other = np.log1p(-eps)  # ln(1 − ε)
+        none = np.exp(n * log_other)  # no other draw equals the returned one
+        first = np.where(none > 0, none * (math.log(n) + (n - 1) * log_other - (n - 1) / n), 0.0)
+        some = -np.expm1(n * log_other)
+        second = np.where(eps > 0, some * np.log(np.where(eps > 0, some / eps, 1.0)), 0.0)
+    return np.asarray(first + second)
+
+
+def best_of_n_rank_weights(m: int, n: int) -> Floats:
+    """P(the i-th smallest of m draws is the best of a random n-subset), i = 1..m.
+
+    C(i−1, n−1)/C(m, n). Raises ValueError unless 1 ≤ n ≤ m.
+    """
+    if not 1 <= n <= m:
+        raise ValueError(f"need 1 <= n <= m, got n = {n}, m = {m}")
+    i = np.arange(n, m + 1, dtype=np.float64)
+    log_weights = (
+        gammaln(i) - gammaln(n) - gammaln(i - n + 1)
+        - (gammaln(m + 1) - gammaln(n + 1) - gammaln(m - n + 1))
+    )  # fmt: skip
+    return np.concatenate([np.zeros(n - 1), np.exp(log_weights)])
