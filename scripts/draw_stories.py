@@ -17,7 +17,10 @@ from pathlib import Path
 
 
 def draw_shard(args: argparse.Namespace, shard: int) -> None:
-    """Write `shard` as a Parquet file with columns `text` and `finished` (the end token came)."""
+    """Write `shard` as a Parquet file.
+
+    Columns: `text`, `finished` (the end token came), `tokens` (how many were drawn).
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     import torch
@@ -55,7 +58,8 @@ def draw_shard(args: argparse.Namespace, shard: int) -> None:
         for ids in drawn.tolist():
             finished = end in ids
             kept = ids[: ids.index(end)] if finished else ids
-            rows.append({"text": tokenizer.decode(kept), "finished": finished})
+            text = tokenizer.decode(kept)
+            rows.append({"text": text, "finished": finished, "tokens": len(kept) + finished})
     temporary = path.with_suffix(".tmp")
     pq.write_table(pa.Table.from_pylist(rows), temporary)
     os.replace(temporary, path)
@@ -66,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", type=int, default=110)
+    parser.add_argument("--shards", type=int, default=104)
     parser.add_argument("--stories-per-shard", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--free-tokens", type=int, default=8)

@@ -33,6 +33,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.batching import pad, positions, token_batches
+from bonbon.cache import block_growing_cache
 from bonbon.config import SamplingConfig
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Prompt
@@ -247,7 +248,7 @@ class TransformersSampler:
         config, device = self.config, self.model.device
         pad_id = self.tokenizer.pad_token_id or 0
         ids, mask = (x.to(device) for x in pad([p.token_ids for p in prompts], pad_id, "left"))
-        cache = DynamicCache(config=self.model.config)
+        cache = block_growing_cache(self.model.config)
         logits = self._next_logits(ids, mask, positions(mask), cache)
         cache.batch_repeat_interleave(len(ks))
         logits = logits.repeat_interleave(len(ks), dim=0)
@@ -313,13 +314,13 @@ class TransformersSampler:
             prompt_id=prompt.prompt_id,
             prompt=prompt.prompt,
             prompt_token_ids=prompt.token_ids,
-            completions=tuple(self._text(prompt.token_ids, ids) for ids, _ in drawn),
+            completions=tuple(self.text(prompt.token_ids, ids) for ids, _ in drawn),
             token_ids=tuple(tuple(ids) for ids, _ in drawn),
             logprobs=tuple(total for _, total in drawn),
             finish_reasons=tuple("stop" if ids[-1] in ends else "length" for ids, _ in drawn),
         )
 
-    def _text(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    def text(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
         """The completion's text as it stands behind the prompt.
 
         Many tokenizers drop a text's first space when decoding, so the completion is decoded behind
