@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shards", type=int, default=104)
+    parser.add_argument("--shards", type=int, default=110)
     parser.add_argument("--stories-per-shard", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=192)
     parser.add_argument("--free-tokens", type=int, default=8)

@@ -5,6 +5,7 @@ Relative paths are taken from the current folder. Loads no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,8 +19,15 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 ObjectiveName = Literal["bonbon", "sft_bon", "ipo_bon", "bonbon_dpo", "dpo", "ipo"]
 
 
+_BAD_NAME = "is taken or not made of letters, digits, '-' and '_'"
+
+
+def _is_name(text: str) -> bool:
+    return text.replace("-", "").replace("_", "").isalnum()
+
+
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Settings):
@@ -47,7 +55,7 @@ class SamplingConfig(_Settings):
 
     n: int = Field(8, ge=1, description="completions a prompt")
     max_new_tokens: int = Field(128, ge=1, description="longest completion, in tokens")
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: off")
     seed: int = 0
@@ -67,7 +75,7 @@ class RewardConfig(_Settings):
     model: str | None = Field(None, description="a sequence-classification model with one output")
     function: str | None = Field(None, description="package.module:function")
     sum: tuple[RewardConfig, ...] | None = None
-    weight: float = Field(1.0, allow_inf_nan=False, description="as a part of a sum")
+    weight: float = Field(1.0, description="as a part of a sum")
     revision: str | None = None
     dtype: DType = "auto"
     device: str = "auto"
@@ -137,6 +145,13 @@ class EvaluationConfig(_Settings):
     )
     bootstrap: int = Field(2000, ge=100, description="resamples for the 95% intervals")
 
+    @model_validator(mode="after")
+    def _reward_names(self) -> Self:
+        for name in self.rewards:
+            if name == "kl" or not _is_name(name):  # `kl` is the metric of the measured KL
+                raise ValueError(f"rewards: {name!r} {_BAD_NAME}")
+        return self
+
 
 class RunConfig(_Settings):
     """Everything that defines a run."""
@@ -159,10 +174,9 @@ class RunConfig(_Settings):
             )
         taken = {"base", f"best-of-{self.sampling.n}", self.model_name}
         for name in self.baselines:
-            if name in taken or not name.replace("-", "").replace("_", "").isalnum():
-                raise ValueError(
-                    f"baselines: {name!r} is taken or not made of letters, digits, '-' and '_'"
-                )
+            # The evaluation keeps the draws of a model in a folder of that ending.
+            if name in taken or name.endswith("-samples") or not _is_name(name):
+                raise ValueError(f"baselines: {name!r} {_BAD_NAME}")
         return self
 
     @property
@@ -195,11 +209,12 @@ def parse_config(
 ) -> RunConfig:
     """A checked configuration from plain values. Raises BonbonError as `load_config` does."""
     if not isinstance(values, dict):
-        raise BonbonError(f"{source}: expected keys such as model, prompts, reward; it is empty")
+        found = "it is empty" if values is None else "it has none"
+        raise BonbonError(f"{source}: expected keys such as model, prompts, reward; {found}")
     values = dict(values)
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise BonbonError(f"--set {override!r}: write it as key=value, e.g. sampling.n=4")
         _set(values, key.split("."), _yaml(value, f"--set {override}"), override)
     try:
@@ -208,26 +223,23 @@ def parse_config(
         raise BonbonError(f"{source}: {'; '.join(_explain(error))}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a text; here it is a number, as everyone means it. "1e-4" is not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
 def _yaml(text: str, source: str) -> Any:
     try:
-        return _as_number(yaml.safe_load(text))
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise BonbonError(f"{source} is not YAML: {reason}") from error
-
-
-def _as_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as a text; here it is a number, as everyone means it."""
-    if isinstance(value, dict):
-        return {key: _as_number(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_as_number(item) for item in value]
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -272,9 +284,14 @@ def _settings_class(annotation: Any) -> Any:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}, for naming what differs between two configurations."""
+    """{"a": {"b": 1}} as {"a.b": 1}, for naming what differs between two configurations.
+
+    The mappings of a list are numbered: {"a": [{"b": 1}]} is {"a.0.b": 1}.
+    """
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:

@@ -17,10 +17,13 @@ from transformers import PreTrainedModel
 
 from bonbon.batching import pad_rows, token_batches
 from bonbon.groups import Group
-from bonbon.logprobs import last_logits
+from bonbon.logprobs import full_precision, last_logits
 from bonbon.tilt import BestOfN, best_of_n_rank_weights, optimal_kl
 
 Floats = NDArray[np.float64]
+
+# At most this many logits of one model are held at once while KLs are computed (1 GiB in float32).
+_LOGITS = 2**28
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ def completion_kls(
     ]
     kls = [[0.0] * group.n for group in groups]
     lengths = [len(prompt) + len(ids) for _, _, prompt, ids in rows]
-    for batch in token_batches(rows, lengths, max_batch_tokens):
+    # Both models' logits over the whole vocabulary are held at once.
+    max_tokens = min(max_batch_tokens, _LOGITS // policy.config.get_text_config().vocab_size)
+    for batch in token_batches(rows, lengths, max_tokens):
         chosen = [rows[index] for index in batch]
         for (index, k, _, _), kl in zip(
             chosen, _row_kls(policy, base, chosen, temperature), strict=True
@@ -140,8 +145,9 @@ def _row_kls(
 ) -> list[float]:
     padded = pad_rows([row[2] for row in rows], [row[3] for row in rows], 0)
     width = padded.completion_mask.shape[1]
-    log_probs = [
-        last_logits(
+    log_probs = []
+    for model in (policy, base):
+        logits = last_logits(
             model,
             width + 1,
             input_ids=padded.input_ids.to(model.device),
@@ -149,13 +155,11 @@ def _row_kls(
             position_ids=padded.position_ids.to(model.device),
             use_cache=False,
         )[:, :-1]
-        .float()
-        .div(temperature)
-        .log_softmax(dim=-1)
-        for model in (policy, base)
-    ]
+        log_probs.append((full_precision(logits) / temperature).log_softmax(dim=-1))
     ours, theirs = log_probs[0], log_probs[1].to(log_probs[0].device)
-    steps = (ours.exp() * (ours - theirs)).sum(dim=-1, dtype=torch.float64).cpu()
+    # A token that the policy cannot draw adds nothing, whatever its log-ratio.
+    terms = torch.where(ours > -torch.inf, ours.exp() * (ours - theirs), 0.0)
+    steps = terms.sum(dim=-1).double().clamp(min=0).cpu()  # the last bits may fall below 0
     return [float(kl) for kl in (steps * padded.completion_mask).sum(dim=-1)]
 
 
@@ -191,7 +195,8 @@ class Evaluator:
 
     Args:
         base: one scored group a prompt from the base model, of k + n completions: the first k are
-            what models are compared with, all of them serve best-of-n's own win rate.
+            what models are compared with, all of them serve best-of-n's own win rate. Raises
+            ValueError for fewer.
         n: of best-of-n.
         k: completions of each model a prompt.
         resamples: of the bootstrap.
@@ -201,6 +206,9 @@ class Evaluator:
     n: int
     k: int
     resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        _check_draws(self.base, self.k + self.n, "base")
 
     def best_of_n(self) -> ModelEvaluation:
         """Best-of-n itself; its KL is the closed form, which ties and repetitions only lower."""
@@ -243,6 +251,7 @@ class Evaluator:
         rank-based tilt wins as often / the measured KL (0 when it wins half or less).
         Raises ValueError when the prompts are not the base groups' prompts, in their order.
         """
+        _check_draws(groups, self.k, "model")
         if [group.prompt_id for group in groups] != [group.prompt_id for group in self.base]:
             raise ValueError("the model's groups and the base's are of different prompts")
         wins, kl = self._wins(groups), self._metric(groups, "kl")
@@ -300,6 +309,14 @@ class Evaluator:
 
     def _figure(self, statistic: Callable[..., ArrayLike], *per_prompt: Floats) -> Figure:
         return bootstrap(per_prompt, statistic, self.resamples)
+
+
+def _check_draws(groups: Sequence[Group], wanted: int, whose: str) -> None:
+    for group in groups:
+        if group.n < wanted:
+            raise ValueError(
+                f"the {whose} group {group.prompt_id} has {group.n} completions, not {wanted}"
+            )
 
 
 def _rewards(group: Group, name: str | None) -> Floats:

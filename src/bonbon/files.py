@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
+        with suppress(OSError):  # or it would hide why the file cannot be written
+            temporary.unlink()
 
 
 def _fsync(path: Path) -> None:

@@ -16,7 +16,7 @@ version and the provenance (model, revision, sampling settings, reward) are JSON
 | `logprobs` | list of double | log-probability of each completion's drawn tokens under the model and the sampling settings in the provenance, summed (nats) |
 | `rewards` | list of double, or null | null until scored |
 | `finish_reasons` | list of string | `stop` (the end token was drawn) or `length` |
-| `metrics` | map of string to list of double | further figures, one a completion: a second reward, KL |
+| `metrics` | list of {name, values: list of double} | further figures, one a completion: a second reward, KL |
 """  # noqa: E501 (a table row cannot be broken)
 
 from __future__ import annotations
@@ -101,14 +101,13 @@ class Group:
             "logprobs": self.logprobs,
             "rewards": self.rewards,
             "finish_reasons": self.finish_reasons,
-            "metrics": list(self.metrics.items()),
+            "metrics": [{"name": k, "values": values} for k, values in self.metrics.items()],
         }
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Group:
         """A group from a row of the Parquet table (or of `datasets.Dataset`)."""
-        rewards, metrics = row.get("rewards"), row.get("metrics") or []
-        pairs = metrics.items() if isinstance(metrics, Mapping) else map(_map_entry, metrics)
+        rewards = row.get("rewards")
         return cls(
             prompt_id=row["prompt_id"],
             prompt=row["prompt"],
@@ -118,17 +117,14 @@ class Group:
             logprobs=tuple(row["logprobs"]),
             finish_reasons=tuple(row["finish_reasons"]),
             rewards=None if rewards is None else tuple(rewards),
-            metrics={name: tuple(values) for name, values in pairs if values is not None},
+            metrics={item["name"]: tuple(item["values"]) for item in row.get("metrics") or []},
         )
-
-
-def _map_entry(entry: Any) -> tuple[str, Any]:
-    # pyarrow gives a map's entries as pairs, `datasets` as {"key", "value"}.
-    return (entry["key"], entry["value"]) if isinstance(entry, Mapping) else (entry[0], entry[1])
 
 
 def _schema(chat: bool) -> pa.Schema:
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    # Not a map: `datasets` cannot open that type.
+    metric = pa.struct([("name", pa.string()), ("values", pa.list_(pa.float64()))])
     return pa.schema(
         [
             ("prompt_id", pa.string()),
@@ -139,7 +135,7 @@ def _schema(chat: bool) -> pa.Schema:
             ("logprobs", pa.list_(pa.float64())),
             ("rewards", pa.list_(pa.float64())),
             ("finish_reasons", pa.list_(pa.string())),
-            ("metrics", pa.map_(pa.string(), pa.list_(pa.float64()))),
+            ("metrics", pa.list_(metric)),
         ]
     )
 

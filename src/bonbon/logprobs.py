@@ -41,6 +41,11 @@ def _forward_parameters(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
+def full_precision(logits: torch.Tensor) -> torch.Tensor:
+    """Logits in float32, or as they are where they have float64 already."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def token_log_probs(
     logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
@@ -48,7 +53,7 @@ def token_log_probs(
 
     In float32, or float64 for float64 logits.
     """
-    scores = logits if logits.dtype == torch.float64 else logits.float()
+    scores = full_precision(logits)
     picked = scores.gather(-1, ids[..., None]).squeeze(-1) / temperature
     return picked - (scores / temperature).logsumexp(dim=-1)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -13,9 +14,16 @@ from bonbon.errors import BonbonError
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is the first accelerator that torch sees, else the CPU."""
+    """`auto` is the first accelerator that torch sees, else the CPU.
+
+    Raises BonbonError for a device that torch does not know or this machine does not have.
+    """
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise BonbonError(f"device {device!r} cannot be used here: {reason}") from error
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator if accelerator is not None else torch.device("cpu")
 
@@ -33,7 +41,7 @@ def load_pretrained(loader: Any, what: str, name: str, **options: Any) -> Any:
         raise BonbonError(f"{what} {name}: there is no such folder")
     try:
         return loader.from_pretrained(str(Path(name).expanduser()), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BonbonError(f"{what} {name} cannot be loaded: {reason}") from error
 

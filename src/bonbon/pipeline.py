@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftConfig
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -193,6 +194,12 @@ def train(folder: RunFolder) -> None:
         _train_one(folder, name)
 
 
+def _check_trainings(folder: RunFolder) -> None:
+    """Find wrong training settings before anything is drawn. Raises BonbonError."""
+    for name, settings in folder.config.trainings.items():
+        _training_arguments(folder, name, evaluates=settings.eval_fraction > 0)
+
+
 def _train_one(folder: RunFolder, name: str) -> None:
     config = folder.config
     settings = config.trainings[name]
@@ -214,7 +221,7 @@ def _train_one(folder: RunFolder, name: str) -> None:
     checkpoint = folder.last_checkpoint(name)
     trainer = BoNBoNTrainer(
         model,
-        _training_arguments(config, settings, folder.checkpoints(name), evaluates=held > 0),
+        _training_arguments(folder, name, evaluates=held > 0),
         train_dataset=groups[: len(groups) - held],
         eval_dataset=groups[len(groups) - held :] if held else None,
         processing_class=tokenizer,
@@ -222,7 +229,7 @@ def _train_one(folder: RunFolder, name: str) -> None:
         callbacks=_callbacks(settings),
     )
     assert trainer.selection is not None
-    trainer.remove_callback("PrinterCallback")
+    trainer.remove_callback(PrinterCallback)
     with progress_bar(f"training {name}", 0, "steps") as bar:
         trainer.add_callback(_BarCallback(bar))
         began = time.monotonic()
@@ -244,13 +251,20 @@ def _train_settings(config: RunConfig, name: str) -> dict[str, Any]:
     return _score_settings(config) | {"train": settings}
 
 
-def _training_arguments(
-    config: RunConfig, settings: TrainConfig, output: Path, evaluates: bool
-) -> BoNBoNConfig:
+def _training_arguments(folder: RunFolder, name: str, evaluates: bool) -> BoNBoNConfig:
+    try:
+        return _build_arguments(folder, name, evaluates)
+    except (ValueError, ImportError) as error:  # an optimiser that is not there, bf16 without it
+        reason = " ".join(str(error).split())
+        raise BonbonError(f"the training settings of {name} do not work: {reason}") from error
+
+
+def _build_arguments(folder: RunFolder, name: str, evaluates: bool) -> BoNBoNConfig:
+    config, settings = folder.config, folder.config.trainings[name]
     stops_early = settings.early_stopping_patience is not None
     saving = settings.eval_steps if stops_early else settings.save_steps
     return BoNBoNConfig(
-        output_dir=str(output),
+        output_dir=str(folder.checkpoints(name)),
         objective=settings.objective,
         n=config.sampling.n,
         alpha=settings.alpha,
@@ -354,6 +368,7 @@ def evaluate(folder: RunFolder) -> dict[str, ModelEvaluation]:
     for name in config.trainings:
         if not folder.model(name).exists():
             raise BonbonError(f"{folder.model(name)} does not exist; run `bonbon train` first")
+        folder.begin(f"train-{name}", _train_settings(config, name))
     folder.begin("evaluate", _evaluation_settings(config))
     base, base_tokenizer = _load_base(config)
     rewards = {"": build_reward(config.reward)} | {
@@ -473,6 +488,7 @@ def _write_evaluation(folder: RunFolder, results: dict[str, ModelEvaluation], pr
 
 def run(folder: RunFolder) -> dict[str, ModelEvaluation]:
     """All stages, from prompts to the evaluation."""
+    _check_trainings(folder)
     sample(folder)
     score(folder)
     train(folder)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bonbon.errors import BonbonError
 from bonbon.files import atomic_path
 from bonbon.tilt import BestOfN, optimal_win_rate
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart with every common colour blindness.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
+FORMATS = ("png", "svg", "pdf")
 
 
 def _frontier_axes(max_kl: float, ns: Sequence[float]) -> tuple[Any, Any]:
@@ -50,6 +52,8 @@ def _frontier_axes(max_kl: float, ns: Sequence[float]) -> tuple[Any, Any]:
 
 def _save(figure: Any, path: Path) -> None:
     suffix = path.suffix.lstrip(".").lower() or "png"
+    if suffix not in FORMATS:
+        raise BonbonError(f"{path}: a plot is one of {', '.join(FORMATS)}, by the file's ending")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=suffix, dpi=160)
 

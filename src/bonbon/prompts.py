@@ -38,7 +38,8 @@ def read_prompts(
     `split`, only rows whose column `split` has that value are kept.
 
     Raises BonbonError, naming file and row, for an unknown file type, a missing column, text that
-    is not UTF-8, a broken row, an empty prompt, a duplicate id, or no prompts at all.
+    is not UTF-8, a broken row, an empty prompt, a duplicate id, text and chat prompts in one file,
+    or no prompts at all.
     """
     rows: list[PromptRow] = []
     seen: dict[str, int] = {}
@@ -51,13 +52,20 @@ def read_prompts(
             )
         if split is not None and record.get("split") != split:
             continue
-        prompt_id = str(record.get(id_column, f"row-{number}"))
+        found = record.get(id_column)
+        prompt_id = f"row-{number}" if found is None else str(found)
+        _check_text(prompt_id, "id", where)
         if prompt_id in seen:
             raise BonbonError(
                 f"{where}: id {prompt_id!r} was used by row {seen[prompt_id]} already"
             )
         seen[prompt_id] = number
-        rows.append(PromptRow(prompt_id, _checked_prompt(record[column], where)))
+        prompt = _checked_prompt(record[column], where)
+        if rows and isinstance(prompt, str) != isinstance(rows[0].prompt, str):
+            raise BonbonError(
+                f"{where}: a file holds either plain-text or chat prompts, not both; split it"
+            )
+        rows.append(PromptRow(prompt_id, prompt))
         if limit is not None and len(rows) == limit:
             break
     if not rows:
@@ -80,11 +88,15 @@ def hold_out(rows: list[PromptRow], fraction: float) -> tuple[list[PromptRow], l
     )
 
 
-def _checked_prompt(value: Any, where: str) -> Prompt:
+def _check_text(value: Any, what: str, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
-        raise BonbonError(f"{where}: the prompt has a lone surrogate, which is no text") from error
+        raise BonbonError(f"{where}: the {what} has a lone surrogate, which is no text") from error
+
+
+def _checked_prompt(value: Any, where: str) -> Prompt:
+    _check_text(value, "prompt", where)
     if isinstance(value, str):
         if not value.strip():
             raise BonbonError(f"{where}: the prompt is empty")
@@ -122,9 +134,19 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         yield from reader(path)
     except UnicodeDecodeError as error:
-        raise BonbonError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
+        raise BonbonError(f"{path} is not UTF-8 ({_wrong_line(path)}); convert it first") from error
     except OSError as error:
         raise BonbonError(f"cannot read prompts from {path}: {error.strerror or error}") from error
+
+
+def _wrong_line(path: Path) -> str:
+    """Where a file stops being UTF-8; the error of reading by blocks knows only its block."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            return f"line {number}, byte {error.start + 1}"
+    return "at its end"
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -134,7 +156,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BonbonError(f"{path}, row {number}: not JSON ({error})") from error
             if not isinstance(record, dict):
                 raise BonbonError(f"{path}, row {number}: not a JSON object")

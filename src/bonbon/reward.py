@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from bonbon.batching import token_batches
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Message, Prompt
+from bonbon.logprobs import forward_parameters
 from bonbon.models import load_pretrained, pick_device, pick_dtype
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Any]
@@ -71,7 +72,8 @@ class FunctionReward:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    reason = " ".join(str(error).split())  # what is reported is one line
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
 class RewardModel:
@@ -96,8 +98,8 @@ class RewardModel:
         self.max_batch_tokens = max_batch_tokens
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        if self.model.config.pad_token_id is None:
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        # The model finds the last token of a row by what it is padded with here.
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @classmethod
     def from_pretrained(
@@ -125,29 +127,40 @@ class RewardModel:
         return cls(model.to(where).eval(), tokenizer, max_batch_tokens)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        rows = [self.encode(p, c) for p, c in zip(prompts, completions, strict=True)]
+        rows = [self._inputs(p, c) for p, c in zip(prompts, completions, strict=True)]
+        lengths = [len(row["input_ids"]) for row in rows]
         rewards = np.empty(len(rows))
-        for batch in token_batches(rows, [len(row) for row in rows], self.max_batch_tokens):
+        for batch in token_batches(rows, lengths, self.max_batch_tokens):
             rewards[batch] = self._score([rows[index] for index in batch])
         return rewards
 
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
         """The token ids that the model reads for one completion."""
+        return self._inputs(prompt, completion)["input_ids"]
+
+    def _inputs(self, prompt: Prompt, completion: str) -> dict[str, list[int]]:
+        """What the model reads for one completion: its tokens and, where it has them, types."""
         if self.tokenizer.chat_template is not None:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            ids = self.tokenizer.apply_chat_template(
+            encoded = self.tokenizer.apply_chat_template(
                 [*messages, {"role": "assistant", "content": completion}],
                 tokenize=True,
-                return_dict=False,
+                return_dict=True,
             )
         else:
-            ids = self.tokenizer(as_text(prompt), completion)["input_ids"]
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        return list(ids if longest is None else ids[-longest:])
+            encoded = self.tokenizer(as_text(prompt), completion)
+        longest = self.tokenizer.model_max_length  # a huge number where the tokenizer knows none
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None:
+            longest = min(longest, positions)
+        names = ["input_ids"]
+        if "token_type_ids" in encoded and "token_type_ids" in forward_parameters(self.model):
+            names.append("token_type_ids")
+        return {name: list(encoded[name][-longest:]) for name in names}
 
     @torch.inference_mode()
-    def _score(self, rows: list[list[int]]) -> np.ndarray:
-        padded = self.tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+    def _score(self, rows: list[dict[str, list[int]]]) -> np.ndarray:
+        padded = self.tokenizer.pad(rows, padding_side="right", return_tensors="pt")
         logits = self.model(**padded.to(self.model.device)).logits
         return np.asarray(logits.squeeze(-1).double().cpu())
 

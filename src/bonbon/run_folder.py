@@ -57,6 +57,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Hold the folder; BonbonError when another process does, or it cannot be written."""
         try:
+            self._refuse_strangers()
             self._notes.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._notes / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -72,12 +73,13 @@ class RunFolder:
                     f"another bonbon process is working in {self.path}; wait for it or choose "
                     "another --out"
                 ) from error
-            self._refuse_strangers()
             yield
         finally:
             os.close(handle)
 
     def _refuse_strangers(self) -> None:
+        if not self.path.is_dir():
+            return
         strangers = [p.name for p in self.path.iterdir() if p.name != ".bonbon"]
         if strangers and not any(self._notes.glob("*.json")):
             raise BonbonError(
@@ -88,29 +90,38 @@ class RunFolder:
     def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
         """Note a stage's settings, or compare them with those it was begun with.
 
-        Raises BonbonError naming what differs.
+        Settings shared with the stages that it builds on are compared with theirs too. Raises
+        BonbonError naming what differs.
         """
-        note = self._notes / f"{stage}.json"
         wanted = {
             key: value
             for key, value in flatten(settings).items()
             if key.rsplit(".", 1)[-1] not in _NEUTRAL
         }
-        found = read_json(note) if note.exists() else wanted
-        differing = [
-            f"{key} was {found.get(key)!r} and is now {wanted.get(key)!r}"
-            for key in sorted({*found, *wanted})
-            if found.get(key) != wanted.get(key)
-        ]
+        differing = self._differing(stage, wanted)
         if differing:
             raise BonbonError(
                 f"{self.path} was made with other settings: {'; '.join(differing[:5])}"
                 f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}; choose "
                 "another --out, or undo the change"
             )
-        write_json(note, wanted)
+        write_json(self._notes / f"{stage}.json", wanted)
         dump = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_text(self.path / "config.yaml", dump)
+
+    def _differing(self, stage: str, wanted: Mapping[str, Any]) -> list[str]:
+        differing: dict[str, str] = {}
+        for name in ("sample", "score", stage):
+            note = self._notes / f"{name}.json"
+            if not note.exists():
+                continue
+            found = read_json(note)
+            keys = {*found, *wanted} if name == stage else found.keys() & wanted.keys()
+            for key in sorted(keys):
+                was, now = found.get(key), wanted.get(key)
+                if was != now:
+                    differing[key] = f"{key} was {was!r} and is now {now!r}"
+        return list(differing.values())
 
     def finish(self, stage: str, shards: int) -> None:
         """Note that a stage has written all its shards."""

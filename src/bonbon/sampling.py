@@ -37,7 +37,7 @@ from bonbon.cache import block_growing_cache
 from bonbon.config import SamplingConfig
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Prompt
-from bonbon.logprobs import forward_parameters, last_logits
+from bonbon.logprobs import forward_parameters, full_precision, last_logits
 from bonbon.models import context_length, end_token_ids
 from bonbon.prompts import PromptRow
 
@@ -145,7 +145,7 @@ def warped_log_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tens
 
     Computed in float32, or in float64 for float64 logits.
     """
-    scores = logits if logits.dtype == torch.float64 else logits.float()
+    scores = full_precision(logits)
     warpers = LogitsProcessorList()
     if config.temperature != 1:
         warpers.append(TemperatureLogitsWarper(config.temperature))

@@ -221,8 +221,8 @@ class ExponentialTilt:
             return 1 - ExponentialTilt(-self.beta).cdf(1 - u)
         if self.beta == 0:
             return u
-        shifted = np.exp(self.beta * (u - 1)) - math.exp(-self.beta)
-        return np.asarray(shifted / -math.expm1(-self.beta))
+        share = np.expm1(-self.beta * u) / math.expm1(-self.beta)
+        return np.asarray(np.exp(self.beta * (u - 1)) * share)
 
     def quantile(self, p: ArrayLike) -> Floats:
         p = _unit(p, "p")
@@ -230,8 +230,11 @@ class ExponentialTilt:
             return 1 - ExponentialTilt(-self.beta).quantile(1 - p)
         if self.beta == 0:
             return p
-        with np.errstate(divide="ignore"):  # p = 0 with an underflown e^(−β)
-            u = 1 + np.log(p + (1 - p) * math.exp(-self.beta)) / self.beta
+        if self.beta < 1:  # p + (1 − p) e^(−β) is close to 1 here and would lose digits
+            u = 1 + np.log1p((1 - p) * math.expm1(-self.beta)) / self.beta
+        else:
+            with np.errstate(divide="ignore"):  # p = 0 with an underflown e^(−β)
+                u = 1 + np.log(p + (1 - p) * math.exp(-self.beta)) / self.beta
         return np.asarray(np.clip(u, 0, 1))
 
     def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:

@@ -148,7 +148,7 @@ class BoNBoNTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str,
-        args: BoNBoNConfig,
+        args: BoNBoNConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Tokenizer | None = None,
@@ -156,14 +156,18 @@ class BoNBoNTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
+        args = args or BoNBoNConfig("bonbon-trainer")
         if isinstance(model, str):
-            name = model
-            model, tokenizer = load_policy(name, dtype="float32", device="cpu")
+            model, tokenizer = load_policy(model, dtype="float32", device="cpu")
             processing_class = processing_class or tokenizer
         elif processing_class is None and isinstance(model, PreTrainedModel):
             processing_class = AutoTokenizer.from_pretrained(model.name_or_path)
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+            try:
+                model = get_peft_model(model, peft_config)
+            except ValueError as error:
+                reason = " ".join(str(error).split())
+                raise BonbonError(f"this adapter does not fit the model: {reason}") from error
         if args.gradient_checkpointing and isinstance(model, PreTrainedModel | PeftModel):
             model.enable_input_require_grads()
         self.objective = OBJECTIVES[args.objective]

@@ -1,0 +1,34 @@
+# `make demo` and `make test` each do everything on a fresh machine; `make setup` only installs.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+DEMO_OUT := bonbon-demo
+
+.PHONY: setup test lint demo demo-short clean
+
+setup: $(INSTALLED)
+
+# torch first and pinned: another version may be a build for a GPU that is not there.
+$(INSTALLED): pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet torch==2.13.0
+	$(PYTHON) -m pip install --quiet --editable '.[demo,dev]'
+	touch $@
+
+test: setup
+	$(PYTHON) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Both go on with an earlier demo in the same folder; `make clean` removes it.
+demo: setup
+	$(VENV)/bin/bonbon demo --out $(DEMO_OUT)
+
+demo-short: setup
+	$(VENV)/bin/bonbon demo --short --out $(DEMO_OUT)-short
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) $(DEMO_OUT)-short build dist

@@ -1,0 +1,52 @@
+"""The demo over several seeds: what BoNBoN recovers of best-of-8's gain, and at what KL efficiency.
+
+    python benchmarks/demo_seeds.py --out build/demo-seeds [--seeds 0 1 2]
+
+Prints a row for every seed and model, and each model's mean and range. A finished seed is not run
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bonbon import pipeline
+from bonbon.demo import demo_config
+from bonbon.run_folder import RunFolder
+
+FIGURES = ("win_rate", "kl", "recovered", "kl_efficiency")
+
+
+def measured(out: Path, seed: int) -> dict[str, Any]:
+    folder = RunFolder(out / f"seed-{seed}", demo_config(seed=seed))
+    results = folder.evaluation / "evaluation.json"
+    if not results.exists():
+        with folder.locked():
+            pipeline.run(folder)
+    models: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))["models"]
+    for figures in models.values():
+        figures["gold"] = figures["win_rate_by"]["gold"]
+    return models
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    runs = [measured(args.out, seed) for seed in args.seeds]
+    names = [*FIGURES, "gold"]
+    print(f"{'model':<12} {'seed':<6}" + "".join(f"{name:>15}" for name in names))
+    for model in ("best-of-8", "sft_bon", "bonbon"):
+        columns = [[run[model][name]["value"] for run in runs] for name in names]
+        for row, seed in enumerate(args.seeds):
+            print(f"{model:<12} {seed:<6}" + "".join(f"{column[row]:15.3f}" for column in columns))
+        means = "".join(f"{sum(column) / len(column):15.3f}" for column in columns)
+        print(f"{model:<12} {'mean':<6}" + means)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The configuration: defaults, overrides, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bonbon.config import RunConfig, flatten, load_config, parse_config
+from bonbon.errors import BonbonError
+
+MINIMAL: dict[str, Any] = {
+    "model": {"name": "m"},
+    "prompts": {"path": "p.jsonl"},
+    "reward": {"model": "r"},
+}
+
+
+def parsed(*overrides: str, **changes: Any) -> RunConfig:
+    return parse_config(MINIMAL | changes, overrides)
+
+
+def complaint(*overrides: str, **changes: Any) -> str:
+    with pytest.raises(BonbonError) as caught:
+        parsed(*overrides, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_the_model_s_own_distribution_and_the_paper_s_training() -> None:
+    config = parsed()
+    sampling, train = config.sampling, config.train
+    assert (sampling.n, sampling.temperature, sampling.top_p, sampling.top_k) == (8, 1.0, 1.0, 0)
+    assert not sampling.truncates
+    assert (train.objective, train.learning_rate, train.alpha) == ("bonbon", 5e-7, 0.005)
+    assert config.model.dtype == "auto"
+    assert config.evaluation.holdout == 0.2
+    assert config.trainings == {"bonbon": train}
+
+
+def test_a_dump_is_read_as_the_same_configuration(tmp_path: Path) -> None:
+    parts = [{"function": "a:f", "weight": -0.5}, {"model": "r"}]
+    config = parsed(
+        "train.learning_rate=1e-4",
+        reward={"sum": parts},
+        baselines={"d": {"objective": "dpo", "lora": {"r": 4}}},
+        evaluation={"rewards": {"gold": {"function": "a:g"}}},
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.9)])
+def test_top_k_and_top_p_truncate(top_k: int, top_p: float) -> None:
+    assert parsed(sampling={"top_k": top_k, "top_p": top_p}).sampling.truncates
+
+
+# --- overrides ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("sampling.n=4", "sampling.n", 4),
+        ("train.learning_rate=1e-4", "train.learning_rate", 1e-4),
+        ("train.learning_rate=.5E-4", "train.learning_rate", 5e-5),
+        ("train.learning_rate=1.e+2", "train.learning_rate", 100.0),
+        ("train.bf16=true", "train.bf16", True),
+        ("train.lora.r=2", "train.lora.r", 2),
+        ("train.lora.target_modules=[q, v]", "train.lora.target_modules", ["q", "v"]),
+        ("prompts.split=train", "prompts.split", "train"),
+        ("prompts.split=null", "prompts.split", None),
+        ('prompts.split="1e3"', "prompts.split", "1e3"),
+        ("prompts.split=a=b", "prompts.split", "a=b"),
+        ("evaluation.rewards.gold.function=a:g", "evaluation.rewards.gold.function", "a:g"),
+        ("baselines.d.objective=dpo", "baselines.d.objective", "dpo"),
+    ],
+)
+def test_an_override_sets_a_value(override: str, path: str, value: Any) -> None:
+    assert flatten(parsed(override).model_dump())[path] == value
+
+
+def test_the_last_override_wins_and_the_values_given_stay_as_they_are() -> None:
+    values = {**MINIMAL, "sampling": {"n": 3, "seed": 5}}
+    config = parse_config(values, ["sampling.n=4", "sampling.n=6"])
+    assert (config.sampling.n, config.sampling.seed) == (6, 5)
+    assert values["sampling"] == {"n": 3, "seed": 5}
+
+
+@given(st.floats(1e-300, 1e300))
+def test_every_number_is_read_as_yaml_writes_it_and_as_python_does(number: float) -> None:
+    assert parsed(f"train.learning_rate={number!r}").train.learning_rate == number
+    assert parsed(f"train.learning_rate={number:e}").train.learning_rate == float(f"{number:e}")
+
+
+@pytest.mark.parametrize("override", ["sampling.n", "", "=4", ".=4", "sampling.=4", "a..b=4"])
+def test_an_override_of_another_form_is_refused(override: str) -> None:
+    assert f"--set {override!r}: write it as key=value" in complaint(override)
+
+
+def test_an_override_below_a_value_is_refused() -> None:
+    assert "--set 'model.name.x=1': name has no keys of its own" in complaint("model.name.x=1")
+
+
+def test_an_override_that_is_not_yaml_is_refused() -> None:
+    assert "--set sampling.n=[1 is not YAML" in complaint("sampling.n=[1")
+
+
+# --- what is wrong is named -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "known"),
+    [
+        ("sampling.top_n=4", "sampling.top_n", ["temperature", "top_k", "max_new_tokens"]),
+        ("modle.name=x", "modle", ["model", "prompts", "baselines"]),
+        ("train.lora.rank=4", "train.lora.rank", ["alpha", "target_modules"]),
+        ("baselines.d.lr=1", "baselines.d.lr", ["learning_rate", "objective"]),
+        ("evaluation.prompts.file=x", "evaluation.prompts.file", ["path", "column"]),
+        ("evaluation.rewards.gold.fn=x", "evaluation.rewards.gold.fn", ["function", "weight"]),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_known_ones(
+    override: str, key: str, known: list[str]
+) -> None:
+    said = complaint(override)
+    listed = re.search(rf"unknown key {re.escape(key)} \(known here: (.*?)\)", said)
+    assert listed is not None, said
+    assert set(known) <= set(listed[1].split(", "))
+
+
+def test_an_unknown_key_in_a_sum_is_named() -> None:
+    said = complaint(reward={"sum": [{"function": "a:f", "wieght": 2}]})
+    assert "unknown key reward.sum.0.wieght (known here: model, function" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("sampling.n=0", "sampling.n = 0"),
+        ("sampling.n=many", "sampling.n = 'many'"),
+        ("sampling.n=2.5", "sampling.n = 2.5"),
+        ("sampling.temperature=0", "sampling.temperature = 0"),
+        ("sampling.temperature=.inf", "sampling.temperature = inf"),
+        ("sampling.temperature=.nan", "sampling.temperature = nan"),
+        ("sampling.top_p=1.1", "sampling.top_p = 1.1"),
+        ("sampling.on_long_prompt=cut", "sampling.on_long_prompt = 'cut'"),
+        ("train.objective=ppo", "train.objective = 'ppo'"),
+        ("train.alpha=-1", "train.alpha = -1"),
+        ("train.learning_rate=.inf", "train.learning_rate = inf"),
+        ("model.dtype=int8", "model.dtype = 'int8'"),
+        ("model=x", "model = 'x'"),
+        ("evaluation.holdout=1", "evaluation.holdout = 1"),
+        ("reward.weight=.nan", "reward.weight = nan"),
+    ],
+)
+def test_a_wrong_value_is_named(override: str, named: str) -> None:
+    assert named in complaint(override)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    said = complaint("sampling.n=0", "sampling.foo=1", "train.alpha=2")
+    assert all(part in said for part in ("sampling.n = 0", "sampling.foo", "train.alpha = 2"))
+
+
+@pytest.mark.parametrize("section", ["model", "prompts", "reward"])
+def test_a_missing_section_is_named(section: str) -> None:
+    values = {key: value for key, value in MINIMAL.items() if key != section}
+    with pytest.raises(BonbonError, match=f"the key {section} is missing"):
+        parse_config(values)
+
+
+def test_one_completion_a_prompt_is_refused() -> None:
+    assert "sampling.n: best-of-n against worst needs n >= 2" in complaint("sampling.n=1")
+
+
+@pytest.mark.parametrize(
+    "name", ["base", "best-of-8", "bonbon", "a/b", "..", "", "a b", "-", "x-samples"]
+)
+def test_a_baseline_s_name_is_checked(name: str) -> None:
+    assert f"baselines: {name!r} is taken" in complaint(baselines={name: {}})
+
+
+def test_a_baseline_may_be_named_like_an_objective_that_is_not_the_main_one() -> None:
+    config = parsed(baselines={"dpo": {"objective": "dpo"}, "dpo_2": {"objective": "dpo"}})
+    assert list(config.trainings) == ["dpo", "dpo_2", "bonbon"]
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        {},
+        {"model": "r", "function": "a:f"},
+        {"function": "a:f", "sum": [{"model": "r"}]},
+        {"sum": []},
+        {"sum": [{"weight": 2}]},
+    ],
+)
+def test_a_reward_is_of_exactly_one_kind(reward: dict[str, Any]) -> None:
+    assert "a reward is exactly one of `model`, `function` and `sum`" in complaint(reward=reward)
+
+
+def test_a_sum_holds_weighted_rewards() -> None:
+    parts = parsed(reward={"sum": [{"function": "a:f", "weight": -2}, {"model": "r"}]}).reward.sum
+    assert parts is not None
+    assert [(part.weight, part.function or part.model) for part in parts] == [(-2, "a:f"), (1, "r")]
+
+
+@pytest.mark.parametrize("name", ["kl", "", "a/b"])
+def test_a_further_reward_s_name_is_checked(name: str) -> None:
+    said = complaint(evaluation={"rewards": {name: {"model": "r"}}})
+    assert said.startswith("the configuration: evaluation")
+    assert f"rewards: {name!r} is taken" in said
+
+
+def test_evaluation_may_have_its_own_prompts() -> None:
+    config = parsed("evaluation.prompts.path=held.csv", "evaluation.prompts.column=Prompt")
+    assert config.evaluation.prompts is not None
+    assert (config.evaluation.prompts.path, config.evaluation.prompts.column) == (
+        Path("held.csv"),
+        "Prompt",
+    )
+
+
+def test_early_stopping_needs_held_out_groups() -> None:
+    assert "needs an eval_fraction above 0" in complaint("train.early_stopping_patience=2")
+    parsed("train.early_stopping_patience=2", "train.eval_fraction=0.1")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "it is empty"),
+        (b"# only a comment\n", "it is empty"),
+        (b"- model\n- prompts\n", "it has none"),
+        (b"model: [\n", "is not YAML"),
+        (b"model: {name: caf\xe9}\n", "is not UTF-8"),
+        (b"model: !!python/object:os.system {}\n", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, content: bytes, named: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(BonbonError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BonbonError, match=r"nowhere\.yaml: No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(BonbonError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8-sig")
+    assert load_config(path) == parsed()
+
+
+# --- flatten --------------------------------------------------------------------------------------
+
+
+def test_flatten_names_every_leaf() -> None:
+    values = {"a": {"b": {"c": 1}, "d": []}, "e": {}, "f": [{"g": 2}, {"h": 3}], "i": [4, 5]}
+    assert flatten(values) == {
+        "a.b.c": 1,
+        "a.d": [],
+        "e": {},
+        "f.0.g": 2,
+        "f.1.h": 3,
+        "i": [4, 5],
+    }

@@ -1,0 +1,99 @@
+"""A run that is killed again and again ends with what an undisturbed run ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bonbon.groups import read_groups
+
+KILLS = 5
+DEADLINE = 240  # seconds, for a run that hangs
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path, tiny_reward_model: Path) -> Path:
+    """Small enough to run in seconds, with many shards and checkpoints to be killed between."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"A story about number {i} and\n" for i in range(30)))
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name": str(tiny_model), "device": "cpu"},
+                "prompts": {"path": str(prompts)},
+                "sampling": {"n": 4, "max_new_tokens": 12, "shard_size": 2},
+                "reward": {"model": str(tiny_reward_model), "device": "cpu"},
+                "train": {"learning_rate": 1e-3, "epochs": 3, "batch_size": 4, "save_steps": 3},
+                "evaluation": {"k": 2, "holdout": 0.3, "bootstrap": 100},
+            }
+        )
+    )
+    return path
+
+
+def start(config: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "bonbon", "run", str(config), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def file_count(out: Path) -> int:
+    return sum(len(names) for _, _, names in os.walk(out))
+
+
+def kill_at_a_random_moment(config: Path, out: Path, generator: random.Random) -> bool:
+    """Kill a run once it has written a few more files; False when it came to its end before."""
+    process = start(config, out)
+    wanted = file_count(out) + generator.randint(1, 7)
+    began = time.monotonic()
+    while process.poll() is None and file_count(out) < wanted:
+        assert time.monotonic() - began < DEADLINE
+        time.sleep(0.002)
+    time.sleep(generator.uniform(0, 0.03))
+    if process.poll() is not None:
+        return False
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return True
+
+
+def finish(config: Path, out: Path) -> None:
+    process = start(config, out)
+    _, errors = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, errors.decode()
+
+
+def test_killed_runs_lose_and_double_nothing(config: Path, tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(config, undisturbed)
+    seed = random.randrange(10**6)
+    print(f"seed of the moments: {seed}")  # shown when the test fails
+    generator = random.Random(seed)
+    kills = sum(kill_at_a_random_moment(config, killed, generator) for _ in range(KILLS))
+    assert kills == KILLS
+    finish(config, killed)
+
+    for stage in ("samples", "groups"):
+        expected, found = read_groups(undisturbed / stage), read_groups(killed / stage)
+        assert list(found) == list(expected)
+    for model in ("base", "bonbon"):
+        expected = read_groups(undisturbed / "evaluation" / model)
+        found = read_groups(killed / "evaluation" / model)
+        assert [g.prompt_id for g in found] == [g.prompt_id for g in expected]
+    figures = [
+        json.loads((out / "evaluation" / "evaluation.json").read_text())["models"]["bonbon"]
+        for out in (undisturbed, killed)
+    ]
+    # Training that goes on from a checkpoint ends where it would have ended anyway.
+    assert figures[1]["kl"]["value"] == pytest.approx(figures[0]["kl"]["value"], rel=1e-3)
+    left = list(killed.rglob("*.tmp"))
+    assert not left
