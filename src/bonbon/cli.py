@@ -51,6 +51,23 @@ def _reported() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from bonbon import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def run(
     config: ConfigPath,
@@ -134,7 +151,8 @@ def frontier(
     with _reported():
         from bonbon.frontier import frontier_rows, parse_ns
 
-        rows = frontier_rows(parse_ns(n))
+        ns = parse_ns(n)
+        rows = frontier_rows(ns)
         if as_json:
             print(json.dumps(rows, indent=2))
         else:
@@ -142,7 +160,7 @@ def frontier(
         if plot is not None:
             from bonbon.plots import plot_frontier
 
-            plot_frontier([row["n"] for row in rows], plot)
+            plot_frontier(ns, plot)
             print(f"plot: {plot}", file=sys.stderr)
 
 
@@ -211,15 +229,21 @@ def _quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def _print_rows(rows: list[dict[str, float]]) -> None:
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:g}" if name == "n" else f"{value:.4f}"
+
+
+def _print_rows(rows: list[dict[str, float | None]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Best-of-n and the optimal tilt")
+    table = Table(title="Best-of-n and the optimal tilt (KL in nats)")
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(f"{v:g}" if k == "n" else f"{v:.4f}" for k, v in row.items()))
+        table.add_row(*(_cell(name, value) for name, value in row.items()))
     Console().print(table)
 
 

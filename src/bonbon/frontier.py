@@ -25,12 +25,12 @@ def parse_ns(text: str) -> list[float]:
     return ns
 
 
-def frontier_rows(ns: Sequence[float]) -> list[dict[str, float]]:
+def frontier_rows(ns: Sequence[float]) -> list[dict[str, float | None]]:
     """A row for each n: win rate and KL (nats) of best-of-n, and the optimum at either.
 
-    `ipo_target` is BoNBoN's target (n−1)(ψ(n) − ψ(1)).
+    `ipo_target` is BoNBoN's target (n−1)(ψ(n) − ψ(1)), None where n is no number of draws.
     """
-    rows = []
+    rows: list[dict[str, float | None]] = []
     for n in ns:
         tilt = BestOfN(n)
         win, kl = tilt.win_rate(), tilt.kl()
@@ -41,7 +41,12 @@ def frontier_rows(ns: Sequence[float]) -> list[dict[str, float]]:
                 "kl": kl,
                 "optimal_win_rate_at_kl": float(optimal_win_rate(kl)),
                 "least_kl_for_win_rate": float(optimal_kl(win)),
-                "ipo_target": float(tilt.rank_log_ratio(n, 1, n)),
+                "ipo_target": _target(tilt),
             }
         )
     return rows
+
+
+def _target(tilt: BestOfN) -> float | None:
+    n = int(tilt.n)
+    return float(tilt.rank_log_ratio(n, 1, n)) if n == tilt.n else None

@@ -20,9 +20,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import digamma, gammaln
 
 Floats = NDArray[np.float64]
+Ranks = NDArray[np.intp]
 
 __all__ = [
     "BestOfN",
@@ -66,7 +66,7 @@ class Tilt(Protocol):
         """The inverse of `cdf`, elementwise: a uniform p gives a draw from the tilt."""
         ...
 
-    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
         """E[ln f(U_(i)) − ln f(U_(j))] for the i-th and j-th smallest of m base samples (nats)."""
         ...
 
@@ -78,12 +78,12 @@ def _unit(u: ArrayLike, name: str) -> Floats:
     return array
 
 
-def _ranks(i: ArrayLike, j: ArrayLike, m: float) -> tuple[Floats, Floats]:
-    low, high = np.asarray(i, dtype=np.float64), np.asarray(j, dtype=np.float64)
+def _ranks(i: ArrayLike, j: ArrayLike, m: int) -> tuple[Ranks, Ranks]:
+    low, high = np.asarray(i), np.asarray(j)
     for ranks in (low, high):
-        if not np.all((ranks >= 1) & (ranks <= m)):
-            raise ValueError(f"ranks must lie in 1..{m} (1 is the smallest of m = {m})")
-    return low, high
+        if not np.all((ranks >= 1) & (ranks <= m) & (ranks == np.floor(ranks))):
+            raise ValueError(f"ranks must be whole numbers in 1..{m} (1 is the smallest)")
+    return low.astype(np.intp), high.astype(np.intp)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Identity:
     def quantile(self, p: ArrayLike) -> Floats:
         return _unit(p, "p")
 
-    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
         low, high = _ranks(i, j, m)
         return np.zeros(np.broadcast(low, high).shape)
 
@@ -142,10 +142,12 @@ class BestOfN:
     def quantile(self, p: ArrayLike) -> Floats:
         return np.asarray(_unit(p, "p") ** (1 / self.n))
 
-    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
         """(n−1)(ψ(i) − ψ(j)), whatever m; i = m = n, j = 1 gives BoNBoN's (n−1)·H_{n−1}."""
         low, high = _ranks(i, j, m)
-        return np.asarray((self.n - 1) * (digamma(low) - digamma(high)))
+        # At whole numbers ψ(i) − ψ(j) is a difference of harmonic numbers.
+        harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, m))])
+        return np.asarray((self.n - 1) * (harmonic[low - 1] - harmonic[high - 1]))
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class WorstOfN:
     def quantile(self, p: ArrayLike) -> Floats:
         return 1 - BestOfN(self.n).quantile(1 - _unit(p, "p"))
 
-    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
         low, high = _ranks(i, j, m)
         return BestOfN(self.n).rank_log_ratio(m + 1 - low, m + 1 - high, m)
 
@@ -237,7 +239,7 @@ class ExponentialTilt:
                 u = 1 + np.log(p + (1 - p) * math.exp(-self.beta)) / self.beta
         return np.asarray(np.clip(u, 0, 1))
 
-    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: float) -> Floats:
+    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
         """β (i − j)/(m + 1), since E[U_(i)] = i/(m + 1)."""
         low, high = _ranks(i, j, m)
         return np.asarray(self.beta * (low - high) / (m + 1))
@@ -424,9 +426,5 @@ def best_of_n_rank_weights(m: int, n: int) -> Floats:
     """
     if not 1 <= n <= m:
         raise ValueError(f"need 1 <= n <= m, got n = {n}, m = {m}")
-    i = np.arange(n, m + 1, dtype=np.float64)
-    log_weights = (
-        gammaln(i) - gammaln(n) - gammaln(i - n + 1)
-        - (gammaln(m + 1) - gammaln(n + 1) - gammaln(m - n + 1))
-    )  # fmt: skip
-    return np.concatenate([np.zeros(n - 1), np.exp(log_weights)])
+    subsets = math.comb(m, n)
+    return np.array([math.comb(i - 1, n - 1) / subsets for i in range(1, m + 1)])
