@@ -20,12 +20,12 @@ def demo_config(*, short: bool = False, seed: int = 0) -> RunConfig:
     """The demo as an ordinary configuration; `short` takes fewer prompts and rougher figures."""
     prompts = {"path": str(PROMPTS), "split": "train", "limit": 96 if short else None}
     held_out = {"path": str(PROMPTS), "split": "eval", "limit": 32 if short else None}
-    training: dict[str, Any] = {"learning_rate": 4e-5, "epochs": 2, "batch_size": 16, "seed": seed}
+    training: dict[str, Any] = {"learning_rate": 8e-5, "epochs": 2, "batch_size": 16, "seed": seed}
     return parse_config(
         {
             "model": {"name": str(STORY_MODEL), "device": "cpu"},
             "prompts": prompts,
-            "sampling": {"n": 8, "max_new_tokens": 64, "seed": seed},
+            "sampling": {"n": 8, "max_new_tokens": 48, "seed": seed},
             "reward": {"model": str(REWARD_MODEL), "device": "cpu"},
             "train": {**training, "objective": "bonbon"},
             "baselines": {
