@@ -2,8 +2,7 @@
 
     python benchmarks/demo_seeds.py --out build/demo-seeds [--seeds 0 1 2]
 
-Prints a row for every seed and model, and each model's mean and range. A finished seed is not run
-again.
+Prints a row for every seed and model, and each model's mean. A finished seed is not run again.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from bonbon.config import SamplingConfig
-from bonbon.models import load_policy
+from bonbon.models import end_token_ids, load_policy
 from bonbon.prompts import read_prompts
 from bonbon.sampling import TransformersSampler
 
@@ -45,6 +45,7 @@ def main() -> None:
     sampler = TransformersSampler(model, tokenizer, config)
     encoded = sampler.encode(rows)
     tokenizer.padding_side = "left"
+    ends = torch.tensor(end_token_ids(model, tokenizer), device=model.device)
 
     def ours() -> int:
         return sum(sum(group.lengths()) for group in sampler.sample(encoded))
@@ -60,11 +61,16 @@ def main() -> None:
                 **batch.to(model.device),
                 do_sample=True,
                 top_k=0,
+                top_p=1.0,
+                temperature=1.0,
                 max_new_tokens=args.tokens,
                 num_return_sequences=args.n,
             )
             completions = out[:, batch["input_ids"].shape[1] :]
-            drawn += int((completions != tokenizer.pad_token_id).sum())
+            ended = (
+                torch.isin(completions, ends).cumsum(dim=1) - torch.isin(completions, ends).int()
+            )
+            drawn += int((ended == 0).sum())  # up to the first end token, which counts
         return drawn
 
     def rate(draw: Callable[[], int]) -> float:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bonbon.config import RunConfig, flatten, load_config, parse_config
+from bonbon.config import ObjectiveName, RunConfig, flatten, load_config, parse_config
 from bonbon.errors import BonbonError
 
 MINIMAL: dict[str, Any] = {
@@ -61,7 +61,23 @@ def test_a_dump_is_read_as_the_same_configuration(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.9)])
 def test_top_k_and_top_p_truncate(top_k: int, top_p: float) -> None:
-    assert parsed(sampling={"top_k": top_k, "top_p": top_p}).sampling.truncates
+    cut = {"top_k": top_k, "top_p": top_p}
+    assert parsed(sampling=cut, train={"objective": "sft_bon"}).sampling.truncates
+    # The reference would be of another distribution than the policy.
+    with pytest.raises(BonbonError, match="top_p cut the distribution that objective bonbon"):
+        parsed(sampling=cut)
+    with pytest.raises(BonbonError, match="objective dpo"):
+        parsed(
+            sampling=cut,
+            train={"objective": "sft_bon"},
+            baselines={"other": {"objective": "dpo"}},
+        )
+
+
+def test_every_objective_can_be_named() -> None:
+    from bonbon.objectives import OBJECTIVES
+
+    assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
 
 
 # --- overrides ------------------------------------------------------------------------------------

@@ -107,6 +107,16 @@ def test_the_same_command_again_makes_nothing_again(folder: RunFolder) -> None:
     assert figures(folder) == first
 
 
+def test_a_model_is_not_taken_for_one_of_another_objective(folder: RunFolder) -> None:
+    values = folder.config.model_dump(mode="json")
+    values["train"]["objective"] = "dpo"
+    other = RunFolder(folder.path, parse_config(values))
+    for stage in (pipeline.train, pipeline.evaluate):
+        with pytest.raises(BonbonError, match=r"train\.objective was 'bonbon' and is now 'dpo'"):
+            stage(other)
+    assert "objective: bonbon" in (folder.path / "config.yaml").read_text()
+
+
 def test_an_evaluation_refuses_models_trained_otherwise(folder: RunFolder) -> None:
     values = folder.config.model_dump(mode="json")
     values["baselines"]["adapter"]["learning_rate"] = 5.0

@@ -295,7 +295,10 @@ def test_too_long_a_text_loses_its_beginning(
     reward = chat_reward if chat else reward_model
     prompt, completion = "x" * 100, " and the end"
     whole = prompt + ("<a>" if chat else "") + completion
-    assert decoded(reward, prompt, completion) == whole[-CONTEXT:]
+    # A pair begins with the begin token, which stays; this chat template writes none.
+    expected = whole[-CONTEXT:] if chat else "<s>" + whole[1 - CONTEXT :]
+    assert decoded(reward, prompt, completion) == expected
+    assert len(reward.encode(prompt, completion)) == CONTEXT
     assert np.isfinite(reward([prompt, "y"], [completion] * 2)).all()
 
 
@@ -304,7 +307,7 @@ def test_a_tokenizer_s_own_limit_holds_too(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_reward_model, model_max_length=10)
     reward = RewardModel(reward_model.model, tokenizer)
-    assert decoded(reward, "x" * 100, "the end") == "xxxthe end"
+    assert decoded(reward, "x" * 100, "the end") == "<s>xxthe end"
 
 
 # --- loading --------------------------------------------------------------------------------------

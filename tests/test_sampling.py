@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from tokenizers import processors
 from transformers import DynamicCache, LlamaForCausalLM
 
 from bonbon.cache import BlockGrowingLayer, block_growing_cache
@@ -177,6 +178,27 @@ def test_a_prompt_is_prefilled_once_for_all_its_completions() -> None:
     assert all(width == 1 for _, width in seen[1:])
 
 
+def test_models_whose_states_cannot_be_expanded_are_sampled_too() -> None:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        eos_token_id=EOS,
+        initializer_range=0.6,
+    )
+    model = Lfm2ForCausalLM(config).eval()
+    for group in sampler_of(model, n=4, max_new_tokens=8).sample(prompts_of(3, 6)):
+        for k in range(4):
+            assert group.logprobs[k] == pytest.approx(summed(model, group, k), abs=1e-4)
+
+
 def test_the_block_growing_cache_holds_what_the_dynamic_one_does() -> None:
     model = small_vocabulary_model()
     plain, growing = DynamicCache(config=model.config), block_growing_cache(model.config)
@@ -217,6 +239,28 @@ def test_a_text_is_taken_as_it_is_and_messages_go_through_the_template() -> None
     assert tokenizer.decode(chat.token_ids, skip_special_tokens=True) == "<user>hi<assistant>"
 
 
+def test_a_tokenizer_s_own_end_token_is_taken_off_and_a_prompt_s_is_not() -> None:
+    tokenizer = byte_tokenizer()
+    plain, ended = encode_prompts(
+        [PromptRow("a", "Hi"), PromptRow("b", "Hi</s>")], tokenizer, max_tokens=None
+    )
+    assert plain.token_ids[-1] != EOS
+    assert ended.token_ids == (*plain.token_ids, EOS)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", EOS)]
+    )
+    closing = encode_prompts([PromptRow("a", "Hi")], tokenizer, max_tokens=None)
+    assert closing[0].token_ids == plain.token_ids
+
+
+def test_a_template_that_refuses_a_conversation_is_named() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    rows = [PromptRow("chat", [{"role": "system", "content": "be kind"}])]
+    with pytest.raises(BonbonError, match=r"refuses .*be kind.*System role not supported"):
+        encode_prompts(rows, tokenizer, max_tokens=None)
+
+
 def test_messages_without_a_template_are_refused() -> None:
     rows = [PromptRow("chat", [{"role": "user", "content": "hi"}])]
     with pytest.raises(BonbonError, match="prompt chat is a list of messages"):
@@ -232,7 +276,7 @@ def test_long_prompts_are_listed_skipped_or_cut_at_their_beginning() -> None:
     assert [prompt.prompt_id for prompt in skipped] == ["short"]
     cut = encode_prompts(rows, tokenizer, max_tokens=5, on_long_prompt="truncate")
     assert [len(prompt.token_ids) for prompt in cut] == [3, 5, 5]
-    assert tokenizer.decode(cut[1].token_ids) == "defgh"
+    assert tokenizer.decode(cut[1].token_ids) == "<s>efgh"  # the begin token stays
 
 
 # --- a real model ---------------------------------------------------------------------------------

@@ -13,7 +13,12 @@ from transformers import EarlyStoppingCallback, LlamaForCausalLM
 from bonbon.batching import pad_rows
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Groups
-from bonbon.logprobs import completion_log_probs, shared_prompt_log_probs, shared_prompt_rows
+from bonbon.logprobs import (
+    completion_log_probs,
+    shared_prompt_log_probs,
+    shared_prompt_rows,
+    supports_shared_prompt,
+)
 from bonbon.models import load_policy
 from bonbon.objectives import OBJECTIVES, bonbon
 from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
@@ -118,7 +123,7 @@ def test_the_loss_is_the_objective_of_best_and_worst(
 ) -> None:
     trainer = trainer_of(tiny_model, tmp_path, groups, share_prompt=share_prompt, alpha=0.1)
     batch = trainer.data_collator(trainer.selection.pairs)
-    loss = trainer.compute_loss(trainer.model, batch)
+    loss = trainer.compute_loss(trainer.model, batch).detach()
     policy = {}
     for name, pick in (("best", np.argmax), ("worst", np.argmin)):
         indices = [int(pick(group.rewards)) for group in groups]
@@ -240,6 +245,64 @@ def test_early_stopping_on_held_out_groups(
 
 
 # --- what it takes, and refuses -------------------------------------------------------------------
+
+
+def test_the_temperature_is_the_groups_own(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    cooled = Groups(groups, {"sampling": {"temperature": 0.7}})
+    assert trainer_of(tiny_model, tmp_path, cooled).temperature == 0.7
+    assert trainer_of(tiny_model, tmp_path, list(groups)).temperature == 1.0
+    with pytest.raises(BonbonError, match=r"drawn at temperature 0\.7, not 1\.0"):
+        trainer_of(tiny_model, tmp_path, cooled, temperature=1.0)
+
+
+def test_groups_of_a_cut_distribution_train_by_likelihood_alone(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    cut = Groups(groups, {"sampling": {"temperature": 1.0, "top_p": 0.9, "top_k": 0}})
+    with pytest.raises(BonbonError, match="cut distribution that the policy does not have"):
+        trainer_of(tiny_model, tmp_path, cut)
+    trainer_of(tiny_model, tmp_path, cut, objective="sft_bon")
+
+
+def test_dropout_is_off_but_an_adapter_s_own(groups: Groups, tmp_path: Path) -> None:
+    from peft import LoraConfig
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    lora = LoraConfig(r=2, lora_dropout=0.25, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    args = BoNBoNConfig(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = BoNBoNTrainer(GPT2LMHeadModel(config), args, groups, peft_config=lora)
+    rates = {
+        name: module.p
+        for name, module in trainer.model.named_modules()
+        if isinstance(module, torch.nn.Dropout)
+    }
+    assert {rate for name, rate in rates.items() if "lora" not in name} == {0.0}
+    assert {rate for name, rate in rates.items() if "lora" in name} == {0.25}
+    trainer.model.train()
+    batch = trainer.data_collator(trainer.selection.pairs)
+    assert trainer.compute_loss(trainer.model, batch).isfinite()
+
+
+def test_models_with_local_attention_do_not_share_the_prompt() -> None:
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 99, "hidden_size": 16}
+    neo = GPTNeoConfig(
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        **sizes,
+    )
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    mistral = MistralConfig(intermediate_size=16, sliding_window=8, **heads, **sizes)
+    assert not supports_shared_prompt(GPTNeoForCausalLM(neo))
+    assert not supports_shared_prompt(MistralForCausalLM(mistral))
+    whole = MistralConfig(intermediate_size=16, sliding_window=None, **heads, **sizes)
+    assert supports_shared_prompt(MistralForCausalLM(whole))
 
 
 def test_tied_groups_are_dropped_and_counted(

@@ -6,7 +6,7 @@ starts in the same column and only the last columns' logits are ever computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -62,6 +62,16 @@ def pad_rows(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad_id: i
 def positions(mask: torch.Tensor) -> torch.Tensor:
     """Position ids of an attention mask, (B, L): 0 at the first real token of each row."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def kept_when_cut(ids: Tokens, longest: int, special: Collection[int]) -> list[int]:
+    """The columns that stay when a row is cut to `longest` tokens at its beginning.
+
+    A leading special token stays (a begin token, or the one whose state a classifier reads).
+    """
+    head = [0] if ids and ids[0] in special and longest > 1 else []
+    tail = max(len(head), len(ids) - longest + len(head))
+    return [*head, *range(tail, len(ids))]
 
 
 def token_batches(

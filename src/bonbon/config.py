@@ -172,6 +172,12 @@ class RunConfig(_Settings):
             raise ValueError(
                 "sampling.n: best-of-n against worst needs n >= 2; with n = 1 nothing is chosen"
             )
+        cut = [t.objective for t in self.trainings.values() if t.objective != "sft_bon"]
+        if self.sampling.truncates and cut:
+            raise ValueError(
+                f"sampling.top_k and top_p cut the distribution that objective {cut[0]} compares "
+                "the policy with; leave them out, or train with sft_bon alone"
+            )
         taken = {"base", f"best-of-{self.sampling.n}", self.model_name}
         for name in self.baselines:
             # The evaluation keeps the draws of a model in a folder of that ending.

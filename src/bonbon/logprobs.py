@@ -54,8 +54,9 @@ def token_log_probs(
     In float32, or float64 for float64 logits.
     """
     scores = full_precision(logits)
-    picked = scores.gather(-1, ids[..., None]).squeeze(-1) / temperature
-    return picked - (scores / temperature).logsumexp(dim=-1)
+    if temperature != 1:  # or all logits would be copied for nothing
+        scores = scores / temperature
+    return scores.gather(-1, ids[..., None]).squeeze(-1) - scores.logsumexp(dim=-1)
 
 
 def completion_log_probs(
@@ -154,10 +155,16 @@ def shared_prompt_log_probs(
 def supports_shared_prompt(model: nn.Module) -> bool:
     """Whether a model takes a mask of its own with positions to match.
 
-    It must have position ids, plain (eager or sdpa) attention and no sliding window.
+    It must have position ids, plain (eager or sdpa) attention, no local attention or sliding
+    window, no ALiBi and no virtual tokens.
     """
     config = getattr(getattr(model, "module", model), "config", None)
     if config is None or "position_ids" not in forward_parameters(model):
+        return False
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return False  # virtual tokens shift every column
+    config = config.get_text_config()
+    if getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", []):
         return False
     layers = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None) if not layers else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -20,7 +21,8 @@ def model_card(
     settings, sampling = config.trainings[name], config.sampling
     is_adapter = settings.lora is not None
     header = {
-        "base_model": config.model.name,
+        # A hub's page links to it, so a folder on this machine has no place there.
+        **({} if Path(config.model.name).exists() else {"base_model": config.model.name}),
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["bonbon", "best-of-n", "alignment"],

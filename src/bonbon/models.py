@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -14,7 +15,7 @@ from bonbon.errors import BonbonError
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is the first accelerator that torch sees, else the CPU.
+    """`auto` is the first accelerator that torch sees, else the CPU; draws need float64, so no MPS.
 
     Raises BonbonError for a device that torch does not know or this machine does not have.
     """
@@ -25,7 +26,9 @@ def pick_device(device: str = "auto") -> torch.device:
             reason = str(error).splitlines()[0]
             raise BonbonError(f"device {device!r} cannot be used here: {reason}") from error
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None else torch.device("cpu")
+    if accelerator is None or accelerator.type == "mps":
+        return torch.device("cpu")
+    return accelerator
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -35,13 +38,34 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
+def apply_chat_template(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> Any:
+    """The template's encoding (`input_ids` and so on) of a conversation.
+
+    Raises BonbonError when the template refuses the conversation, as some do a system message.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=True,
+        )
+    except TemplateError as error:
+        raise BonbonError(
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses the "
+            f"conversation that begins {messages[0]!r:.60}: {error}"
+        ) from error
+
+
 def load_pretrained(loader: Any, what: str, name: str, **options: Any) -> Any:
     """`loader.from_pretrained(name)`; BonbonError in one sentence when it cannot be loaded."""
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise BonbonError(f"{what} {name}: there is no such folder")
     try:
         return loader.from_pretrained(str(Path(name).expanduser()), **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BonbonError(f"{what} {name} cannot be loaded: {reason}") from error
 
@@ -60,6 +84,11 @@ def load_policy(
     it). Weights are read from safetensors only. Raises BonbonError when anything is missing.
     """
     where = pick_device(device)
+    folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").exists() and not (
+        folder / "adapter_model.safetensors"
+    ).exists():
+        raise BonbonError(f"model {name}: the adapter has no safetensors weights; convert it")
     shared = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = load_pretrained(
         AutoModelForCausalLM,

@@ -164,7 +164,8 @@ OBJECTIVES: dict[str, Objective] = {
 def pair_metrics(logps: PairLogps, n: int) -> dict[str, torch.Tensor]:
     """What is logged beside the loss, each of shape (groups,).
 
-    `sft_loss`, and with the worst completion known `ipo_loss`, `margin` (ln[π(y_b)/π(y_w)] −
+    `sft_loss`, and with the worst completion known `ipo_loss` and `dpo_loss` (both at BoNBoN's β),
+    `margin` (ln[π(y_b)/π(y_w)] −
     ln[π0(y_b)/π0(y_w)], nats; `target` is where IPO-BoN wants it on average), `accuracy` (whether
     the margin is positive).
     """
@@ -173,6 +174,7 @@ def pair_metrics(logps: PairLogps, n: int) -> dict[str, torch.Tensor]:
         best, worst, ref_best, ref_worst = logps.pair()
         margin = (best - ref_best) - (worst - ref_worst)
         metrics["ipo_loss"] = ipo_bon(best, worst, ref_best, ref_worst, n)
+        metrics["dpo_loss"] = dpo(best, worst, ref_best, ref_worst, bon_beta(n))
         metrics["margin"] = margin
         metrics["accuracy"] = (margin > 0).to(margin.dtype)
     return metrics

@@ -6,10 +6,11 @@ or evaluation is never made twice. `run` does them all.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,20 +162,35 @@ def score(folder: RunFolder) -> None:
     folder.begin("score", _score_settings(config))
     if not folder.is_finished("sample", folder.samples):
         raise BonbonError(f"{folder.samples} is not complete; run `bonbon sample` to the end first")
-    indices = shard_indices(folder.samples)
-    todo = [index for index in indices if not shard_path(folder.groups, index).exists()]
     if folder.is_finished("score", folder.groups):
         return
     reward = build_reward(config.reward)
-    with progress_bar("scoring", len(todo), "shards") as bar:
-        for index in todo:
-            groups = read_shard(shard_path(folder.samples, index))
-            scores = score_groups(reward, groups)
-            scored = [group.with_rewards(s) for group, s in zip(groups, scores, strict=True)]
-            provenance = {**groups.provenance, "reward": _described(config.reward)}
-            write_shard(shard_path(folder.groups, index), scored, provenance)
-            bar.advance(1)
-    folder.finish("score", len(indices))
+
+    def scored(groups: Groups) -> list[Group]:
+        scores = score_groups(reward, groups)
+        return [group.with_rewards(s) for group, s in zip(groups, scores, strict=True)]
+
+    described = {"reward": _described(config.reward)}
+    _each_shard(folder.samples, folder.groups, scored, described, "scoring")
+    folder.finish("score", len(shard_paths(folder.groups)))
+
+
+def _each_shard(
+    source: Path,
+    target: Path,
+    transform: Callable[[Groups], list[Group]],
+    provenance: dict[str, Any],
+    title: str,
+) -> None:
+    """Write the transformed groups of every shard of `source` that `target` lacks."""
+    todo = [i for i in shard_indices(source) if not shard_path(target, i).exists()]
+    shards = {index: read_shard(shard_path(source, index)) for index in todo}
+    total = sum(group.n for shard in shards.values() for group in shard)
+    with progress_bar(title, total, "completions") as bar:
+        for index, shard in shards.items():
+            groups = transform(shard)
+            write_shard(shard_path(target, index), groups, shard.provenance | provenance)
+            bar.advance(sum(group.n for group in groups))
 
 
 def _score_settings(config: RunConfig) -> dict[str, Any]:
@@ -196,21 +212,20 @@ def train(folder: RunFolder) -> None:
 
 def _check_trainings(folder: RunFolder) -> None:
     """Find wrong training settings before anything is drawn. Raises BonbonError."""
-    for name, settings in folder.config.trainings.items():
-        _training_arguments(folder, name, evaluates=settings.eval_fraction > 0)
+    for name in folder.config.trainings:
+        _training_arguments(folder, name)
 
 
 def _train_one(folder: RunFolder, name: str) -> None:
     config = folder.config
     settings = config.trainings[name]
-    folder.begin(f"train-{name}", _train_settings(config, name))
+    folder.begin(folder.training(name), _train_settings(config, name))
     target = folder.model(name)
     if target.exists():
         return
     if not folder.is_finished("score", folder.groups):
         raise BonbonError(f"{folder.groups} is not complete; run `bonbon score` to the end first")
-    groups = read_groups(folder.groups)
-    held = int(len(groups) * settings.eval_fraction)
+    groups, held_out = _split(read_groups(folder.groups), settings.eval_fraction)
     model, tokenizer = load_policy(
         config.model.name,
         revision=config.model.revision,
@@ -221,9 +236,9 @@ def _train_one(folder: RunFolder, name: str) -> None:
     checkpoint = folder.last_checkpoint(name)
     trainer = BoNBoNTrainer(
         model,
-        _training_arguments(folder, name, evaluates=held > 0),
-        train_dataset=groups[: len(groups) - held],
-        eval_dataset=groups[len(groups) - held :] if held else None,
+        _training_arguments(folder, name),
+        train_dataset=groups,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=_peft_config(settings),
         callbacks=_callbacks(settings),
@@ -238,6 +253,7 @@ def _train_one(folder: RunFolder, name: str) -> None:
         "objective": settings.objective,
         "n": trainer.n,
         "groups": len(groups),
+        "held_out_groups": len(held_out or ()),
         "tied_groups_dropped": trainer.selection.tied,
         "seconds": time.monotonic() - began,
         "log": trainer.state.log_history,
@@ -246,24 +262,37 @@ def _train_one(folder: RunFolder, name: str) -> None:
     shutil.rmtree(folder.checkpoints(name), ignore_errors=True)
 
 
+def _split(groups: Groups, fraction: float) -> tuple[Groups, Groups | None]:
+    """The groups to train on, and those held out for the evaluation loss."""
+    if fraction == 0:
+        return groups, None
+    kept, held = hold_out(groups, fraction)
+    if not kept or not held:
+        raise BonbonError(
+            f"train.eval_fraction = {fraction:g} of {len(groups)} groups leaves a side empty; "
+            "change it"
+        )
+    return Groups(kept, groups.provenance), Groups(held, groups.provenance)
+
+
 def _train_settings(config: RunConfig, name: str) -> dict[str, Any]:
     settings = config.trainings[name].model_dump(mode="json")
     return _score_settings(config) | {"train": settings}
 
 
-def _training_arguments(folder: RunFolder, name: str, evaluates: bool) -> BoNBoNConfig:
+def _training_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
     try:
-        return _build_arguments(folder, name, evaluates)
+        return _build_arguments(folder, name)
     except (ValueError, ImportError) as error:  # an optimiser that is not there, bf16 without it
         reason = " ".join(str(error).split())
         raise BonbonError(f"the training settings of {name} do not work: {reason}") from error
 
 
-def _build_arguments(folder: RunFolder, name: str, evaluates: bool) -> BoNBoNConfig:
+def _build_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
     config, settings = folder.config, folder.config.trainings[name]
     stops_early = settings.early_stopping_patience is not None
     saving = settings.eval_steps if stops_early else settings.save_steps
-    return BoNBoNConfig(
+    arguments = BoNBoNConfig(
         output_dir=str(folder.checkpoints(name)),
         objective=settings.objective,
         n=config.sampling.n,
@@ -286,12 +315,13 @@ def _build_arguments(folder: RunFolder, name: str, evaluates: bool) -> BoNBoNCon
         bf16=settings.bf16,
         gradient_checkpointing=settings.gradient_checkpointing,
         use_cpu=config.model.device == "cpu",
-        eval_strategy="steps" if evaluates else "no",
+        eval_strategy="steps" if settings.eval_fraction > 0 else "no",
         eval_steps=settings.eval_steps,
         save_strategy="steps",
         save_steps=saving,
         save_total_limit=2,
         load_best_model_at_end=stops_early,
+        restore_callback_states_from_checkpoint=True,  # or a stop would reset the patience
         metric_for_best_model="eval_loss" if stops_early else None,
         greater_is_better=False if stops_early else None,
         logging_steps=10,
@@ -299,6 +329,9 @@ def _build_arguments(folder: RunFolder, name: str, evaluates: bool) -> BoNBoNCon
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+    if arguments.n_gpu > 1:  # or the Trainer would split batches over GPUs, multiplying their size
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _peft_config(settings: TrainConfig) -> PeftConfig | None:
@@ -368,33 +401,49 @@ def evaluate(folder: RunFolder) -> dict[str, ModelEvaluation]:
     for name in config.trainings:
         if not folder.model(name).exists():
             raise BonbonError(f"{folder.model(name)} does not exist; run `bonbon train` first")
-        folder.begin(f"train-{name}", _train_settings(config, name))
+        folder.compare(folder.training(name), _train_settings(config, name))
     folder.begin("evaluate", _evaluation_settings(config))
-    base, base_tokenizer = _load_base(config)
-    rewards = {"": build_reward(config.reward)} | {
-        name: build_reward(reward) for name, reward in config.evaluation.rewards.items()
-    }
-    _, rows = load_prompts(config)
-    k, n = config.evaluation.k, config.sampling.n
-    measured: dict[str, Groups] = {}
-    for name in [BASE, *config.trainings]:
-        draws = k + n if name == BASE else k
-        settings = config.sampling.model_copy(update={"n": draws, "seed": config.evaluation.seed})
-        if name == BASE:
-            model, tokenizer = base, base_tokenizer
-        else:
-            model, tokenizer = load_policy(
-                str(folder.model(name)), dtype=config.model.dtype, device=config.model.device
-            )
-        _draw_for_evaluation(folder, name, model, tokenizer, rows, settings)
-        _measure(folder, name, model, base, rewards)
-        measured[name] = read_groups(folder.evaluation / name)
+    training_rows, rows = load_prompts(config)
+    names = [BASE, *config.trainings]
+    todo = [n for n in names if not folder.is_finished(f"evaluate-{n}", folder.evaluation / n)]
+    if todo:
+        _draw_and_measure(folder, todo, rows)
+    n, k = config.sampling.n, config.evaluation.k
+    measured = {name: read_groups(folder.evaluation / name) for name in names}
     evaluator = Evaluator(measured[BASE], n, k, config.evaluation.bootstrap)
     results = {BASE: evaluator.base_model(), f"best-of-{n}": evaluator.best_of_n()} | {
         name: evaluator.model(measured[name]) for name in config.trainings
     }
-    _write_evaluation(folder, results, len(measured[BASE]))
+    trained_on = {json.dumps(row.prompt) for row in training_rows}
+    seen = sum(json.dumps(group.prompt) in trained_on for group in measured[BASE])
+    _write_evaluation(folder, results, len(measured[BASE]), seen)
     return results
+
+
+def _draw_and_measure(folder: RunFolder, names: Sequence[str], rows: Sequence[PromptRow]) -> None:
+    """Sample and measure the named models; the base model stays loaded for the KLs."""
+    config = folder.config
+    base, base_tokenizer = _load_base(config)
+    rewards = {"": build_reward(config.reward)} | {
+        name: build_reward(reward) for name, reward in config.evaluation.rewards.items()
+    }
+    k, n = config.evaluation.k, config.sampling.n
+    for name in names:
+        if name == BASE:
+            model, tokenizer = base, base_tokenizer
+        else:
+            model, tokenizer = load_policy(
+                str(folder.model(name)),
+                revision=config.model.revision,  # of an adapter's base
+                dtype=config.model.dtype,
+                device=config.model.device,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        draws = k + n if name == BASE else k
+        settings = config.sampling.model_copy(update={"n": draws, "seed": config.evaluation.seed})
+        _draw_for_evaluation(folder, name, model, tokenizer, rows, settings)
+        _measure(folder, name, model, base, rewards)
+        folder.finish(f"evaluate-{name}", len(shard_paths(folder.evaluation / name)))
 
 
 def _evaluation_settings(config: RunConfig) -> dict[str, Any]:
@@ -435,31 +484,32 @@ def _measure(
     rewards: dict[str, Reward],
 ) -> None:
     """Rewards, further rewards and KL of every drawn shard, into `evaluation/NAME/`."""
-    config, target = folder.config, folder.evaluation / name
-    indices = shard_indices(_drawn(folder, name))
-    todo = [index for index in indices if not shard_path(target, index).exists()]
-    with progress_bar(f"evaluating {name}: measuring", len(todo), "shards") as bar:
-        for index in todo:
-            shard = read_shard(shard_path(_drawn(folder, name), index))
-            groups: list[Group] = list(shard)
-            for key, reward in rewards.items():
-                pairs = zip(groups, score_groups(reward, groups), strict=True)
-                groups = [g.with_metric(key, s) if key else g.with_rewards(s) for g, s in pairs]
-            if name != BASE:
-                kls = completion_kls(
-                    model,
-                    base,
-                    groups,
-                    temperature=config.sampling.temperature,
-                    max_batch_tokens=config.sampling.max_batch_tokens,
-                )
-                groups = [g.with_metric("kl", kl) for g, kl in zip(groups, kls, strict=True)]
-            provenance = {**shard.provenance, "reward": _described(config.reward)}
-            write_shard(shard_path(target, index), groups, provenance)
-            bar.advance(1)
+    config = folder.config
+
+    def measured(shard: Groups) -> list[Group]:
+        groups = list(shard)
+        for key, reward in rewards.items():
+            pairs = zip(groups, score_groups(reward, groups), strict=True)
+            groups = [g.with_metric(key, s) if key else g.with_rewards(s) for g, s in pairs]
+        if name == BASE:
+            return groups
+        kls = completion_kls(
+            model,
+            base,
+            groups,
+            temperature=config.sampling.temperature,
+            max_batch_tokens=config.sampling.max_batch_tokens,
+        )
+        return [group.with_metric("kl", kl) for group, kl in zip(groups, kls, strict=True)]
+
+    described = {"reward": _described(config.reward)}
+    title = f"evaluating {name}: measuring"
+    _each_shard(_drawn(folder, name), folder.evaluation / name, measured, described, title)
 
 
-def _write_evaluation(folder: RunFolder, results: dict[str, ModelEvaluation], prompts: int) -> None:
+def _write_evaluation(
+    folder: RunFolder, results: dict[str, ModelEvaluation], prompts: int, seen: int
+) -> None:
     from bonbon.plots import plot_win_rate_against_kl
 
     config = folder.config
@@ -469,6 +519,7 @@ def _write_evaluation(folder: RunFolder, results: dict[str, ModelEvaluation], pr
             "n": config.sampling.n,
             "k": config.evaluation.k,
             "prompts": prompts,
+            "prompts_trained_on": seen,
             "base_model": config.model.name,
             "reward": _described(config.reward),
             # With top-k or top-p the supports differ and the KL of the cut distributions can be

@@ -26,24 +26,39 @@ class Bar:
         self._task = progress.add_task(title, total=total or None, note="", unit=unit)
         self._began = time.monotonic()
         self._tokens = 0
+        self._done = 0
+        self._first: int | None = None
+        self._note = ""
 
     def advance(self, count: int) -> None:
         """`count` more units are done."""
+        self._done += count
         self._progress.update(self._task, advance=count)
+        self._show()
 
     def set(self, done: int, total: int) -> None:
-        """`done` of `total` units are done."""
+        """`done` of `total` units are done; what was done before the first call has no rate."""
+        if self._first is None:
+            self._first, self._began = done, time.monotonic()
+        self._done = done - self._first
         self._progress.update(self._task, completed=done, total=total)
+        self._show()
 
     def tokens(self, count: int) -> None:
         """`count` more tokens were drawn."""
         self._tokens += count
-        rate = self._tokens / max(time.monotonic() - self._began, 1e-9)
-        self.note(f"{rate:,.0f} tokens/s")
+        self._show()
 
     def note(self, text: str) -> None:
-        """Show `text` behind the bar."""
-        self._progress.update(self._task, note=text)
+        """Show `text` behind the bar and its rate."""
+        self._note = text
+        self._show()
+
+    def _show(self) -> None:
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        count, unit = (self._tokens, "tokens") if self._tokens else (self._done, self._unit)
+        rate = f"{count / seconds:,.{0 if count > 20 * seconds else 1}f} {unit}/s" if count else ""
+        self._progress.update(self._task, note=", ".join(filter(None, [rate, self._note])))
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bonbon.errors import BonbonError
-from bonbon.groups import Prompt
+from bonbon.groups import Group, Prompt
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -22,6 +22,9 @@ class PromptRow:
 
     prompt_id: str
     prompt: Prompt
+
+
+Row = TypeVar("Row", PromptRow, Group)
 
 
 def read_prompts(
@@ -74,18 +77,18 @@ def read_prompts(
     return rows
 
 
-def hold_out(rows: list[PromptRow], fraction: float) -> tuple[list[PromptRow], list[PromptRow]]:
-    """Split into (kept, held out) by a hash of the id, so that the split survives reordering."""
+def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+    """Split into (kept, held out) by a hash of the prompt.
 
-    def draw(row: PromptRow) -> float:
-        digest = hashlib.blake2b(row.prompt_id.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") / 2**64
-
-    held = {row.prompt_id for row in rows if draw(row) < fraction}
-    return (
-        [row for row in rows if row.prompt_id not in held],
-        [row for row in rows if row.prompt_id in held],
-    )
+    So the split survives reordering, and a prompt that occurs twice is on one side.
+    """
+    kept: list[Row] = []
+    held: list[Row] = []
+    for row in rows:
+        text = json.dumps(row.prompt, ensure_ascii=False).encode()
+        digest = hashlib.blake2b(text, digest_size=8).digest()
+        (held if int.from_bytes(digest, "big") < fraction * 2**64 else kept).append(row)
+    return kept, held
 
 
 def _check_text(value: Any, what: str, where: str) -> None:

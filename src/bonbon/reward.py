@@ -19,11 +19,11 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.batching import token_batches
+from bonbon.batching import kept_when_cut, token_batches
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Message, Prompt
 from bonbon.logprobs import forward_parameters
-from bonbon.models import load_pretrained, pick_device, pick_dtype
+from bonbon.models import apply_chat_template, load_pretrained, pick_device, pick_dtype
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Any]
 
@@ -53,7 +53,7 @@ class FunctionReward:
         if not module_name or not function_name:
             raise BonbonError(f"reward function {name!r}: write it as package.module:function")
         if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
+            sys.path.append(os.getcwd())  # last: nothing there may stand in for a library
         try:
             function = getattr(importlib.import_module(module_name), function_name)
         except Exception as error:  # an import runs the user's code: anything may come out of it
@@ -82,7 +82,8 @@ class RewardModel:
     With a chat template in its tokenizer, the conversation with the completion as its last message
     is scored; otherwise the pair (prompt, completion) as the tokenizer encodes pairs. In a pair, a
     conversation of one user message is that message's text, a longer one is written out line by
-    line as `role: content`. Texts too long for the model lose tokens at their beginning.
+    line as `role: content`. Texts too long for the model lose tokens at their
+    beginning, behind a leading special token.
     Batches are sorted by length and hold at most `max_batch_tokens` padded tokens.
     """
 
@@ -142,11 +143,8 @@ class RewardModel:
         """What the model reads for one completion: its tokens and, where it has them, types."""
         if self.tokenizer.chat_template is not None:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            encoded = self.tokenizer.apply_chat_template(
-                [*messages, {"role": "assistant", "content": completion}],
-                tokenize=True,
-                return_dict=True,
-            )
+            messages = [*messages, {"role": "assistant", "content": completion}]
+            encoded = apply_chat_template(self.tokenizer, messages)
         else:
             encoded = self.tokenizer(as_text(prompt), completion)
         longest = self.tokenizer.model_max_length  # a huge number where the tokenizer knows none
@@ -156,7 +154,8 @@ class RewardModel:
         names = ["input_ids"]
         if "token_type_ids" in encoded and "token_type_ids" in forward_parameters(self.model):
             names.append("token_type_ids")
-        return {name: list(encoded[name][-longest:]) for name in names}
+        columns = kept_when_cut(encoded["input_ids"], longest, self.tokenizer.all_special_ids)
+        return {name: [encoded[name][column] for column in columns] for name in names}
 
     @torch.inference_mode()
     def _score(self, rows: list[dict[str, list[int]]]) -> np.ndarray:

@@ -49,9 +49,13 @@ class RunFolder:
             return self.path / "model"
         return self.path / "baselines" / name
 
+    def training(self, name: str) -> str:
+        """The stage that trains the model of that name, called after where it is put."""
+        return "train" if name == self.config.model_name else f"train-baseline-{name}"
+
     def checkpoints(self, name: str) -> Path:
         """Where the checkpoints of a training lie until it is done."""
-        return self._notes / f"training-{name}"
+        return self._notes / f"{self.training(name)}-checkpoints"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -88,16 +92,21 @@ class RunFolder:
             )
 
     def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
-        """Note a stage's settings, or compare them with those it was begun with.
+        """Note a stage's settings, or `compare` them with those it was begun with."""
+        self.compare(stage, settings)
+        note = self._notes / f"{stage}.json"
+        if not note.exists():
+            write_json(note, _binding(settings))
+            dump = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+            write_text(self.path / "config.yaml", dump)
+
+    def compare(self, stage: str, settings: Mapping[str, Any]) -> None:
+        """Compare a stage's settings with those it was begun with, if it was.
 
         Settings shared with the stages that it builds on are compared with theirs too. Raises
         BonbonError naming what differs.
         """
-        wanted = {
-            key: value
-            for key, value in flatten(settings).items()
-            if key.rsplit(".", 1)[-1] not in _NEUTRAL
-        }
+        wanted = _binding(settings)
         differing = self._differing(stage, wanted)
         if differing:
             raise BonbonError(
@@ -105,9 +114,6 @@ class RunFolder:
                 f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}; choose "
                 "another --out, or undo the change"
             )
-        write_json(self._notes / f"{stage}.json", wanted)
-        dump = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        write_text(self.path / "config.yaml", dump)
 
     def _differing(self, stage: str, wanted: Mapping[str, Any]) -> list[str]:
         differing: dict[str, str] = {}
@@ -144,6 +150,15 @@ class RunFolder:
                 continue
             found.append(folder)
         return max(found, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _binding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that can change a result, flattened."""
+    return {
+        key: value
+        for key, value in flatten(settings).items()
+        if key.rsplit(".", 1)[-1] not in _NEUTRAL
+    }
 
 
 def file_digest(path: Path) -> str:

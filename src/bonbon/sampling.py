@@ -32,13 +32,13 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.batching import pad, positions, token_batches
+from bonbon.batching import kept_when_cut, pad, positions, token_batches
 from bonbon.cache import block_growing_cache
 from bonbon.config import SamplingConfig
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Prompt
 from bonbon.logprobs import forward_parameters, full_precision, last_logits
-from bonbon.models import context_length, end_token_ids
+from bonbon.models import apply_chat_template, context_length, end_token_ids
 from bonbon.prompts import PromptRow
 
 # At most this many float64 CDF entries are held at once while drawing.
@@ -79,8 +79,9 @@ def encode_prompts(
     """Tokenise prompts: a text as it is, messages through the chat template.
 
     A prompt of more than `max_tokens` tokens (the context less the room for the completion) is an
-    error that lists the ids, is left out (`skip`), or loses tokens at its beginning (`truncate`,
-    plain text only: cutting into a chat template would change who speaks).
+    error that lists the ids, is left out (`skip`), or loses tokens at its beginning, behind a
+    leading special token (`truncate`, plain text only: cutting into a chat template would change
+    who speaks).
 
     Raises BonbonError for long prompts, for messages without a chat template, or when every prompt
     is skipped.
@@ -102,7 +103,8 @@ def encode_prompts(
             "--on-long-prompt skip|truncate"
         )
     if on_long_prompt == "truncate":
-        return [_truncated(prompt, max_tokens) for prompt in encoded]
+        special = tokenizer.all_special_ids
+        return [_truncated(prompt, max_tokens, special) for prompt in encoded]
     kept = [prompt for prompt in encoded if len(prompt.token_ids) <= max_tokens]
     if not kept and encoded:
         raise BonbonError(f"every prompt is longer than {max_tokens} tokens; none is left")
@@ -112,24 +114,25 @@ def encode_prompts(
 def _encode(row: PromptRow, tokenizer: Tokenizer) -> tuple[int, ...]:
     if isinstance(row.prompt, str):
         ids = list(tokenizer(row.prompt)["input_ids"])
-        # Some tokenizers close every text with the end token; a prompt goes on.
+        # Some tokenizers close every text with the end token; a prompt goes on. One that the
+        # prompt itself ends with stays.
         if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-            ids.pop()
+            bare = tokenizer(row.prompt, add_special_tokens=False)["input_ids"]
+            if bare[-1:] != [tokenizer.eos_token_id]:
+                ids.pop()
     elif tokenizer.chat_template is None:
         raise BonbonError(
             f"prompt {row.prompt_id} is a list of messages, but the model's tokenizer has no chat "
             "template; use a chat model or plain-text prompts"
         )
     else:
-        ids = tokenizer.apply_chat_template(
-            row.prompt, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        ids = apply_chat_template(tokenizer, row.prompt, add_generation_prompt=True)["input_ids"]
     if not ids:
         raise BonbonError(f"prompt {row.prompt_id} has no tokens; leave it out")
     return tuple(ids)
 
 
-def _truncated(prompt: EncodedPrompt, max_tokens: int) -> EncodedPrompt:
+def _truncated(prompt: EncodedPrompt, max_tokens: int, special: list[int]) -> EncodedPrompt:
     if len(prompt.token_ids) <= max_tokens:
         return prompt
     if not isinstance(prompt.prompt, str):
@@ -137,7 +140,9 @@ def _truncated(prompt: EncodedPrompt, max_tokens: int) -> EncodedPrompt:
             f"prompt {prompt.prompt_id} is a chat of {len(prompt.token_ids)} tokens (at most "
             f"{max_tokens} fit) and is not cut; shorten it or set --on-long-prompt skip"
         )
-    return EncodedPrompt(prompt.prompt_id, prompt.prompt, prompt.token_ids[-max_tokens:])
+    columns = kept_when_cut(prompt.token_ids, max_tokens, special)
+    ids = tuple(prompt.token_ids[column] for column in columns)
+    return EncodedPrompt(prompt.prompt_id, prompt.prompt, ids)
 
 
 def warped_log_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
@@ -249,10 +254,15 @@ class TransformersSampler:
         pad_id = self.tokenizer.pad_token_id or 0
         ids, mask = (x.to(device) for x in pad([p.token_ids for p in prompts], pad_id, "left"))
         cache = block_growing_cache(self.model.config)
+        # The states of linear attention cannot be expanded or dropped row by row; for models with
+        # such layers the prompt is prefilled n times and finished rows stay.
+        by_row = all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers)
+        if not by_row:
+            ids, mask = (x.repeat_interleave(len(ks), dim=0) for x in (ids, mask))
         logits = self._next_logits(ids, mask, positions(mask), cache)
-        cache.batch_repeat_interleave(len(ks))
-        logits = logits.repeat_interleave(len(ks), dim=0)
-        mask = mask.repeat_interleave(len(ks), dim=0)
+        if by_row:
+            cache.batch_repeat_interleave(len(ks))
+            logits, mask = (x.repeat_interleave(len(ks), dim=0) for x in (logits, mask))
         uniforms = torch.from_numpy(
             np.stack(
                 [
@@ -284,7 +294,7 @@ class TransformersSampler:
             if alive == 0 or step == config.max_new_tokens - 1:
                 break
             # Dropping finished rows copies the cache, so it waits until an eighth can go.
-            if alive <= len(going) * 7 / 8:
+            if by_row and alive <= len(going) * 7 / 8:
                 keep = going.nonzero().squeeze(-1)
                 cache.batch_select_indices(keep)
                 active, mask, token, position = (x[keep] for x in (active, mask, token, position))

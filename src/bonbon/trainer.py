@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,8 +59,9 @@ class BoNBoNConfig(TrainingArguments):
         default=PAPER_ALPHA, metadata={"help": "Weight of the SFT part in bonbon and bonbon_dpo"}
     )
     beta: float = field(default=0.1, metadata={"help": "β of the dpo and ipo baselines"})
-    temperature: float = field(
-        default=1.0, metadata={"help": "The temperature the groups were drawn at"}
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "The temperature the groups were drawn at; None: the groups', else 1"},
     )
     share_prompt: bool | None = field(
         default=None,
@@ -160,8 +161,10 @@ class BoNBoNTrainer(Trainer):
         if isinstance(model, str):
             model, tokenizer = load_policy(model, dtype="float32", device="cpu")
             processing_class = processing_class or tokenizer
-        elif processing_class is None and isinstance(model, PreTrainedModel):
-            processing_class = AutoTokenizer.from_pretrained(model.name_or_path)
+        elif processing_class is None and (name := str(getattr(model, "name_or_path", "") or "")):
+            processing_class = AutoTokenizer.from_pretrained(name)
+        if not isinstance(model, PeftModel):  # an adapter's own dropout was asked for
+            _disable_dropout(model)
         if peft_config is not None:
             try:
                 model = get_peft_model(model, peft_config)
@@ -171,6 +174,7 @@ class BoNBoNTrainer(Trainer):
         if args.gradient_checkpointing and isinstance(model, PreTrainedModel | PeftModel):
             model.enable_input_require_grads()
         self.objective = OBJECTIVES[args.objective]
+        self.temperature = _temperature(args, train_dataset)
         self.selection = _select(train_dataset)
         held_out = _select(eval_dataset)
         self.n = _common_n(args.n, self.selection, held_out)
@@ -200,7 +204,7 @@ class BoNBoNTrainer(Trainer):
 
     def pair_logps(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> PairLogps:
         """The summed log-probabilities of a collated batch's completions, each (groups,)."""
-        temperature = self.args.temperature
+        temperature = self.temperature
         if "width" in batch:
             shared = SharedPromptRows(
                 batch["input_ids"],
@@ -234,7 +238,7 @@ class BoNBoNTrainer(Trainer):
             mode = self._metrics["train" if model.training else "eval"]
             for name, values in pair_metrics(logps, self._settings.n).items():
                 mode[name].append(float(values.mean()))
-        return (loss, asdict(logps)) if return_outputs else loss
+        return (loss, dict(vars(logps))) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -256,6 +260,32 @@ class BoNBoNTrainer(Trainer):
         logs |= {f"{prefix}{name}": sum(v) / len(v) for name, v in mode.items()}
         mode.clear()
         super().log(logs, start_time)
+
+
+def _temperature(args: BoNBoNConfig, dataset: Any) -> float:
+    """The temperature of the groups' log-probabilities, which the policy's must share."""
+    drawn = getattr(dataset, "provenance", {}).get("sampling", {})
+    if (drawn.get("top_k", 0) or drawn.get("top_p", 1) < 1) and args.objective != "sft_bon":
+        raise BonbonError(
+            "the groups were drawn with top-k or top-p, so their log-probabilities are those of a "
+            f"cut distribution that the policy does not have; objective {args.objective} compares "
+            "the two: draw without, or train with objective sft_bon"
+        )
+    asked, found = args.temperature, drawn.get("temperature")
+    if asked is not None and found is not None and asked != found:
+        raise BonbonError(
+            f"the groups were drawn at temperature {found}, not {asked}; leave it out"
+        )
+    return float(next((t for t in (asked, found) if t is not None), 1.0))
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Without it the policy is the base model at the first step, as the objectives suppose."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _select(dataset: Any) -> Selection | None:

@@ -18,9 +18,14 @@ PROMPTS = HERE / "prompts.jsonl"
 
 def demo_config(*, short: bool = False, seed: int = 0) -> RunConfig:
     """The demo as an ordinary configuration; `short` takes fewer prompts and rougher figures."""
-    prompts = {"path": str(PROMPTS), "split": "train", "limit": 96 if short else None}
+    prompts = {"path": str(PROMPTS), "split": "train", "limit": 160 if short else None}
     held_out = {"path": str(PROMPTS), "split": "eval", "limit": 32 if short else None}
-    training: dict[str, Any] = {"learning_rate": 8e-5, "epochs": 2, "batch_size": 16, "seed": seed}
+    training: dict[str, Any] = {
+        "learning_rate": 8e-5,
+        "epochs": 4 if short else 2,
+        "batch_size": 16,
+        "seed": seed,
+    }
     return parse_config(
         {
             "model": {"name": str(STORY_MODEL), "device": "cpu"},
@@ -53,7 +58,7 @@ def side_by_side(folder: RunFolder, openings: int = 3) -> str:
     for before, after in list(zip(base, aligned, strict=True))[::step][:openings]:
         lines += [
             "",
-            f"  {before.prompt}",
+            f"  {_one_line(str(before.prompt))}",
             f"    base     …{_one_line(before.completions[0])}",
             f"    aligned  …{_one_line(after.completions[0])}",
         ]
@@ -61,4 +66,5 @@ def side_by_side(folder: RunFolder, openings: int = 3) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """One line without control characters: what a model writes must not steer a terminal."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
