@@ -68,75 +68,48 @@ def _options(
     pass
 
 
-@app.command()
-def run(
-    config: ConfigPath,
-    out: Out,
-    set_: Set = None,
-    prompt_column: PromptColumn = None,
-    on_long_prompt: OnLongPrompt = None,
-) -> None:
-    """Do all stages: sample, score, train, evaluate. Run it again to go on after a stop."""
-    with _reported():
-        settings = _settings(config, set_, prompt_column, on_long_prompt)
-        _show(*_stage(settings, out, "run"))
+def _add_stage(name: str, summary: str, show: Callable[[RunFolder, Any], None]) -> None:
+    """Add the command of a stage; all of them take the same options."""
+
+    def command(
+        config: ConfigPath,
+        out: Out,
+        set_: Set = None,
+        prompt_column: PromptColumn = None,
+        on_long_prompt: OnLongPrompt = None,
+    ) -> None:
+        with _reported():
+            settings = _settings(config, set_, prompt_column, on_long_prompt)
+            show(*_stage(settings, out, name))
+
+    app.command(name, help=summary)(command)
 
 
-@app.command()
-def sample(
-    config: ConfigPath,
-    out: Out,
-    set_: Set = None,
-    prompt_column: PromptColumn = None,
-    on_long_prompt: OnLongPrompt = None,
-) -> None:
-    """Draw n completions of every prompt into OUT/samples."""
-    with _reported():
-        folder, _ = _stage(_settings(config, set_, prompt_column, on_long_prompt), out, "sample")
-        print(f"samples: {folder.samples}")
-
-
-@app.command()
-def score(
-    config: ConfigPath,
-    out: Out,
-    set_: Set = None,
-    prompt_column: PromptColumn = None,
-    on_long_prompt: OnLongPrompt = None,
-) -> None:
-    """Score OUT/samples with the reward, into OUT/groups."""
-    with _reported():
-        folder, _ = _stage(_settings(config, set_, prompt_column, on_long_prompt), out, "score")
-        print(f"groups: {folder.groups}")
-
-
-@app.command()
-def train(
-    config: ConfigPath,
-    out: Out,
-    set_: Set = None,
-    prompt_column: PromptColumn = None,
-    on_long_prompt: OnLongPrompt = None,
-) -> None:
-    """Fine-tune on OUT/groups, into OUT/model."""
-    with _reported():
-        settings = _settings(config, set_, prompt_column, on_long_prompt)
-        folder, _ = _stage(settings, out, "train")
-        print(f"model: {folder.model(settings.model_name)}")
-
-
-@app.command()
-def evaluate(
-    config: ConfigPath,
-    out: Out,
-    set_: Set = None,
-    prompt_column: PromptColumn = None,
-    on_long_prompt: OnLongPrompt = None,
-) -> None:
-    """Measure OUT/model against the base model and best-of-n, into OUT/evaluation."""
-    with _reported():
-        settings = _settings(config, set_, prompt_column, on_long_prompt)
-        _show(*_stage(settings, out, "evaluate"))
+_add_stage(
+    "run",
+    "Do all stages: sample, score, train, evaluate. Run it again to go on after a stop.",
+    lambda *done: _show(*done),
+)
+_add_stage(
+    "sample",
+    "Draw n completions of every prompt into OUT/samples.",
+    lambda folder, _: print(f"samples: {folder.samples}"),
+)
+_add_stage(
+    "score",
+    "Score OUT/samples with the reward, into OUT/groups.",
+    lambda folder, _: print(f"groups: {folder.groups}"),
+)
+_add_stage(
+    "train",
+    "Fine-tune on OUT/groups, into OUT/model.",
+    lambda folder, _: print(f"model: {folder.model(folder.config.model_name)}"),
+)
+_add_stage(
+    "evaluate",
+    "Measure OUT/model against the base model and best-of-n, into OUT/evaluation.",
+    lambda *done: _show(*done),
+)
 
 
 @app.command()
