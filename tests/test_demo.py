@@ -86,8 +86,9 @@ def test_the_configuration_is_an_ordinary_one(short: bool) -> None:
 def test_continuations_stand_side_by_side(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, demo_config())
     for name, text in (("base", " it\nrained."), ("bonbon", " the sun [came].")):
-        group = group_of("p", "Tom looked and", [text])
+        group = group_of("p", "Tom looked and", [text], metrics={"gold": (0.25,)})
         write_shard(folder.evaluation / name / "shard-00000.parquet", [group], {})
     shown = side_by_side(folder)
     assert "Tom looked and" in shown
+    assert "+0.25  …it rained." in shown
     assert shown.index("it rained.") < shown.index("the sun [came].")

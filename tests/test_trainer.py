@@ -271,7 +271,13 @@ def test_dropout_is_off_but_an_adapter_s_own(groups: Groups, tmp_path: Path) -> 
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2, n_positions=64)
-    lora = LoraConfig(r=2, lora_dropout=0.25, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=2,
+        lora_dropout=0.25,
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
     args = BoNBoNConfig(str(tmp_path), use_cpu=True, report_to="none")
     trainer = BoNBoNTrainer(GPT2LMHeadModel(config), args, groups, peft_config=lora)
     rates = {

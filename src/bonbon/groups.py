@@ -188,6 +188,14 @@ def read_shard(path: Path) -> Groups:
     return Groups([Group.from_row(row) for row in table.to_pylist()], record["provenance"])
 
 
+def shard_rows(path: Path) -> int:
+    """The number of groups in a shard, without reading them."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise BonbonError(f"cannot read {path} as Parquet: {error}") from error
+
+
 def iter_shards(folder: Path) -> Iterator[Groups]:
     """Each shard of a data set in turn, one in memory at a time."""
     return map(read_shard, shard_paths(folder))

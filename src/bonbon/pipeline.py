@@ -38,6 +38,7 @@ from bonbon.groups import (
     shard_indices,
     shard_path,
     shard_paths,
+    shard_rows,
     write_shard,
 )
 from bonbon.model_card import model_card
@@ -145,6 +146,7 @@ def _sample_shards(
     size = sampler.config.shard_size
     shards = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     todo = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
+    provenance = {**provenance, "dtype": str(sampler.model.dtype).removeprefix("torch.")}
     total = sum(len(shards[index]) for index in todo) * sampler.config.n
     with progress_bar(title, total, "completions") as bar:
         for index in todo:
@@ -184,13 +186,13 @@ def _each_shard(
 ) -> None:
     """Write the transformed groups of every shard of `source` that `target` lacks."""
     todo = [i for i in shard_indices(source) if not shard_path(target, i).exists()]
-    shards = {index: read_shard(shard_path(source, index)) for index in todo}
-    total = sum(group.n for shard in shards.values() for group in shard)
-    with progress_bar(title, total, "completions") as bar:
-        for index, shard in shards.items():
+    total = sum(shard_rows(shard_path(source, index)) for index in todo)
+    with progress_bar(title, total, "prompts") as bar:
+        for index in todo:
+            shard = read_shard(shard_path(source, index))
             groups = transform(shard)
             write_shard(shard_path(target, index), groups, shard.provenance | provenance)
-            bar.advance(sum(group.n for group in groups))
+            bar.advance(len(groups))
 
 
 def _score_settings(config: RunConfig) -> dict[str, Any]:
@@ -444,6 +446,7 @@ def _draw_and_measure(folder: RunFolder, names: Sequence[str], rows: Sequence[Pr
         _draw_for_evaluation(folder, name, model, tokenizer, rows, settings)
         _measure(folder, name, model, base, rewards)
         folder.finish(f"evaluate-{name}", len(shard_paths(folder.evaluation / name)))
+        del model  # before the next one is loaded
 
 
 def _evaluation_settings(config: RunConfig) -> dict[str, Any]:
@@ -472,7 +475,7 @@ def _draw_for_evaluation(
         "model": folder.config.model.name if name == BASE else name,
         "sampling": settings.model_dump(mode="json"),
     }
-    title = f"evaluating {name}: sampling"
+    title = f"{name}: sampling"
     _sample_shards(sampler, sampler.encode(rows), _drawn(folder, name), provenance, title)
 
 
@@ -503,7 +506,7 @@ def _measure(
         return [group.with_metric("kl", kl) for group, kl in zip(groups, kls, strict=True)]
 
     described = {"reward": _described(config.reward)}
-    title = f"evaluating {name}: measuring"
+    title = f"{name}: measuring"
     _each_shard(_drawn(folder, name), folder.evaluation / name, measured, described, title)
 
 

@@ -23,7 +23,7 @@ class Bar:
     def __init__(self, progress: Progress, title: str, total: int, unit: str) -> None:
         self._progress = progress
         self._unit = unit
-        self._task = progress.add_task(title, total=total or None, note="", unit=unit)
+        self._task = progress.add_task(title, total=total or None, note="")
         self._began = time.monotonic()
         self._tokens = 0
         self._done = 0
@@ -66,9 +66,8 @@ def progress_bar(title: str, total: int, unit: str) -> Iterator[Bar]:
     """A bar of `total` units (0: not known yet); silent when there is nothing to do."""
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bonbon.config import RunConfig, parse_config
 
 if TYPE_CHECKING:
+    from bonbon.groups import Group
     from bonbon.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -47,22 +48,33 @@ def demo_config(*, short: bool = False, seed: int = 0) -> RunConfig:
     )
 
 
-def side_by_side(folder: RunFolder, openings: int = 3) -> str:
-    """Some held-out openings with a continuation of the base and of the aligned model."""
+def side_by_side(folder: RunFolder, openings: int = 5) -> str:
+    """Some held-out openings with a continuation of the base and of the aligned model.
+
+    They are taken evenly from the list and not chosen by what they show; before each continuation
+    stands its gold reward.
+    """
     from bonbon.groups import read_groups
 
     base = read_groups(folder.evaluation / "base")
     aligned = read_groups(folder.evaluation / folder.config.model_name)
-    lines = ["", "Some held-out openings, each model's first draw:"]
+    lines = [
+        "",
+        "Some held-out openings, each model's first draw behind its gold reward (-1 to 1):",
+    ]
     step = max(1, len(base) // openings)
     for before, after in list(zip(base, aligned, strict=True))[::step][:openings]:
         lines += [
             "",
             f"  {_one_line(str(before.prompt))}",
-            f"    base     …{_one_line(before.completions[0])}",
-            f"    aligned  …{_one_line(after.completions[0])}",
+            f"    base     {_judged(before)}",
+            f"    aligned  {_judged(after)}",
         ]
     return "\n".join(lines)
+
+
+def _judged(group: Group) -> str:
+    return f"{group.metrics['gold'][0]:+.2f}  …{_one_line(group.completions[0])}"
 
 
 def _one_line(text: str) -> str:
