@@ -19,7 +19,13 @@ from bonbon.errors import BonbonError
 from bonbon.groups import Group
 from bonbon.models import load_policy
 from bonbon.prompts import PromptRow
-from bonbon.sampling import EncodedPrompt, TransformersSampler, encode_prompts, uniform_stream
+from bonbon.sampling import (
+    EncodedPrompt,
+    TransformersSampler,
+    draw_tokens,
+    encode_prompts,
+    uniform_stream,
+)
 from conftest import EOS, byte_tokenizer, tiny_llama_config
 
 VOCABULARY = 6
@@ -128,9 +134,16 @@ def test_the_batch_size_changes_nothing(dtype: torch.dtype) -> None:
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
 
 
-def test_rows_stop_at_the_end_token_and_only_there() -> None:
+@pytest.mark.parametrize("end_bias", [0.0, -4.0], ids=["often", "seldom"])
+def test_rows_stop_at_the_end_token_and_only_there(end_bias: float) -> None:
+    # Where rows end seldom, finished ones stay in the batch for a while and must stay silent.
     model = small_vocabulary_model()
-    groups = sampler_of(model, n=32, max_new_tokens=3).sample(prompts_of(1, 4, 7))
+    head = torch.nn.Linear(16, VOCABULARY)
+    with torch.no_grad():
+        head.weight.copy_(model.lm_head.weight)
+        head.bias.zero_()[EOS] = end_bias
+    model.lm_head = head
+    groups = sampler_of(model, n=64, max_new_tokens=3).sample(prompts_of(1, 4, 7))
     reasons = Counter(reason for group in groups for reason in group.finish_reasons)
     assert reasons["stop"] > 5
     assert reasons["length"] > 5
@@ -149,6 +162,12 @@ def test_seed_stream_prompt_and_draw_each_have_their_own_numbers() -> None:
     np.testing.assert_array_equal(
         uniform_stream(0, "", "x", 0, 4), uniform_stream(0, "", "x", 0, 9)[:4]
     )
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    log_probs = torch.tensor([[-torch.inf, 0.5, 0.5, -torch.inf]]).log_softmax(-1).repeat(3, 1)
+    ends = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw_tokens(log_probs, ends).tolist() == [1, 2, 2]
 
 
 def test_the_end_token_at_once_is_an_empty_completion() -> None:

@@ -154,22 +154,18 @@ def test_every_objective_trains_and_its_loss_falls(
 def test_accumulated_batches_train_as_one_large_batch(
     tiny_model: Path, groups: Groups, tmp_path: Path
 ) -> None:
-    large = trainer_of(tiny_model, tmp_path / "a", groups, optim="sgd", learning_rate=1e-5)
-    small = trainer_of(
-        tiny_model,
-        tmp_path / "b",
-        groups,
-        optim="sgd",
-        learning_rate=1e-5,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=8,
-    )
+    # Plain steps without clipping, which would hide a gradient of the wrong size.
+    plain: dict[str, Any] = {"optim": "sgd", "learning_rate": 1e-6, "max_grad_norm": 1e9}
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    large = trainer_of(tiny_model, tmp_path / "a", groups, **plain)
+    small = trainer_of(tiny_model, tmp_path / "b", groups, **plain, **split)
     before = weights(large)
     large.train()
     small.train()
     after = weights(large)
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert_same(after, weights(small), atol=1e-6)
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert moved > 1e-5
+    assert_same(after, weights(small), atol=0.02 * moved)
 
 
 def test_gradient_checkpointing_changes_nothing(

@@ -1,0 +1,43 @@
+"""A file is the old one or the new one, never something between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bonbon.errors import BonbonError
+from bonbon.files import atomic_path, read_json, write_json, write_text
+
+
+def test_a_reader_of_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old " * 1000)
+    with path.open() as reader:
+        assert reader.read(4) == "old "
+        write_text(path, "new")  # another file of that name, not the same one written over
+        assert reader.read(4) == "old "
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="half way"), atomic_path(path) as temporary:
+        temporary.write_text("ne")
+        raise RuntimeError("half way")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_json_is_json(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.json"
+    write_json(path, {"ü": [1, 2.5, None]})
+    assert read_json(path) == {"ü": [1, 2.5, None]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"value": float("nan")})
+    assert read_json(path) == {"ü": [1, 2.5, None]}
+    path.write_text('{"torn": ')
+    with pytest.raises(BonbonError, match=r"cannot read .*file\.json"):
+        read_json(path)
