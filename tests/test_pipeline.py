@@ -90,7 +90,9 @@ def test_the_model_is_an_ordinary_folder_with_a_card(folder: RunFolder) -> None:
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
     assert not list(folder.path.rglob("*.bin"))
     win = figures(folder)["bonbon"]["win_rate"]["value"]
-    assert f"{win:.3f}" in (target / "README.md").read_text()
+    card = (target / "README.md").read_text()
+    assert f"{win:.3f}" in card
+    assert "were left out because all their rewards tied" in card
     assert (folder.model("adapter") / "adapter_model.safetensors").is_file()
     assert (folder.evaluation / "win_rate_kl.png").read_bytes().startswith(b"\x89PNG")
 

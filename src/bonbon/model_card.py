@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 
 def model_card(
-    config: RunConfig, name: str, results: Mapping[str, ModelEvaluation], prompts: int
+    config: RunConfig,
+    name: str,
+    results: Mapping[str, ModelEvaluation],
+    prompts: int,
+    record: Mapping[str, Any],
 ) -> str:
-    """The card's Markdown text."""
+    """The card's Markdown text; `prompts` were evaluated on, `record` is the training's log."""
     settings, sampling = config.trainings[name], config.sampling
     is_adapter = settings.lora is not None
     header = {
@@ -56,6 +60,8 @@ def model_card(
         f"- reward: {_reward(config.reward)}",
         f"- sampling: temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, top-k "
         f"{sampling.top_k or 'off'}, at most {sampling.max_new_tokens} tokens",
+        f"- groups: {record['groups']}, of which {record['tied_groups_dropped']} were left out "
+        "because all their rewards tied",
         f"- training: {settings.optimizer}, learning rate {settings.learning_rate:g}, "
         f"{settings.epochs:g} epochs, {settings.batch_size} groups a batch, seed {settings.seed}",
     ]

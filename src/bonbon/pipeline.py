@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from bonbon.config import PromptsConfig, RewardConfig, RunConfig, SamplingConfig, TrainConfig
 from bonbon.errors import BonbonError
 from bonbon.evaluation import Evaluator, ModelEvaluation, completion_kls
-from bonbon.files import sync_tree, write_json, write_text
+from bonbon.files import read_json, sync_tree, write_json, write_text
 from bonbon.groups import (
     Group,
     Groups,
@@ -533,7 +533,8 @@ def _write_evaluation(
     )
     plot_win_rate_against_kl(results, config.sampling.n, folder.evaluation / "win_rate_kl.png")
     for name in config.trainings:
-        card = model_card(config, name, results, prompts)
+        record = read_json(folder.model(name) / "training_log.json")
+        card = model_card(config, name, results, prompts, record)
         write_text(folder.model(name) / "README.md", card)
 
 

@@ -137,7 +137,7 @@ class BoNBoNTrainer(Trainer):
         args: the settings; see `BoNBoNConfig`.
         train_dataset: groups: `bonbon.Groups`, any sequence of `Group`, or a `datasets.Dataset` of
             their rows. Groups whose best and worst rewards tie carry no preference: they are
-            dropped, and counted in `self.selection.tied` and the log.
+            dropped, and counted in `self.selection.tied`.
         eval_dataset: held-out groups for the evaluation loss (and early stopping).
         processing_class: the model's tokenizer (for the padding token, and saved with the model).
         peft_config: train an adapter instead of all weights.
