@@ -53,7 +53,7 @@ def file_count(out: Path) -> int:
 def kill_at_a_random_moment(config: Path, out: Path, generator: random.Random) -> bool:
     """Kill a run once it has written a few more files; False when it came to its end before."""
     process = start(config, out)
-    wanted = file_count(out) + generator.randint(1, 7)
+    wanted = file_count(out) + generator.randint(1, 5)
     began = time.monotonic()
     while process.poll() is None and file_count(out) < wanted:
         assert time.monotonic() - began < DEADLINE
