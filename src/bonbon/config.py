@@ -79,7 +79,7 @@ class RewardConfig(_Settings):
     revision: str | None = None
     dtype: DType = "auto"
     device: str = "auto"
-    max_batch_tokens: int = Field(16_384, ge=1)
+    max_batch_tokens: int | None = Field(None, ge=1, description="None: by the device")
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -143,6 +143,7 @@ class EvaluationConfig(_Settings):
     rewards: dict[str, RewardConfig] = Field(
         default_factory=dict, description="further rewards, never trained on (a gold reward)"
     )
+    max_batch_tokens: int | None = Field(None, ge=1, description="of the KL; None: by the device")
     bootstrap: int = Field(2000, ge=100, description="resamples for the 95% intervals")
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from bonbon.batching import pad_rows, token_batches
 from bonbon.groups import Group
 from bonbon.logprobs import full_precision, last_logits
+from bonbon.models import forward_batch_tokens
 from bonbon.tilt import BestOfN, best_of_n_rank_weights, optimal_kl
 
 Floats = NDArray[np.float64]
@@ -114,7 +115,7 @@ def completion_kls(
     groups: Sequence[Group],
     *,
     temperature: float = 1.0,
-    max_batch_tokens: int = 16_384,
+    max_batch_tokens: int | None = None,
 ) -> list[tuple[float, ...]]:
     """Σ_t KL(π(· | x, y_<t) ‖ π0(· | x, y_<t)) along each of the policy's completions, in nats.
 
@@ -130,7 +131,10 @@ def completion_kls(
     kls = [[0.0] * group.n for group in groups]
     lengths = [len(prompt) + len(ids) for _, _, prompt, ids in rows]
     # Both models' logits over the whole vocabulary are held at once.
-    max_tokens = min(max_batch_tokens, _LOGITS // policy.config.get_text_config().vocab_size)
+    max_tokens = min(
+        forward_batch_tokens(max_batch_tokens, policy.device),
+        _LOGITS // policy.config.get_text_config().vocab_size,
+    )
     for batch in token_batches(rows, lengths, max_tokens):
         chosen = [rows[index] for index in batch]
         for (index, k, _, _), kl in zip(

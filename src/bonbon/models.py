@@ -38,6 +38,16 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
+def forward_batch_tokens(asked: int | None, device: torch.device) -> int:
+    """Padded tokens a forward pass without cache takes at once: `asked`, else by the device.
+
+    A CPU computes batches that stay in its caches up to twice as fast.
+    """
+    if asked is not None:
+        return asked
+    return 1_024 if device.type == "cpu" else 16_384
+
+
 def apply_chat_template(
     tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False
 ) -> Any:

@@ -501,7 +501,7 @@ def _measure(
             base,
             groups,
             temperature=config.sampling.temperature,
-            max_batch_tokens=config.sampling.max_batch_tokens,
+            max_batch_tokens=config.evaluation.max_batch_tokens,
         )
         return [group.with_metric("kl", kl) for group, kl in zip(groups, kls, strict=True)]
 
