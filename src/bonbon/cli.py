@@ -44,7 +44,7 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except BonbonError as error:
-        print(f"bonbon: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"bonbon: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("bonbon: stopped; the same command goes on from here", file=sys.stderr)

@@ -245,8 +245,7 @@ def _yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise BonbonError(f"{source} is not YAML: {reason}") from error
+        raise BonbonError(f"{source} is not YAML: {error}") from error
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

@@ -7,4 +7,8 @@ class BonbonError(Exception):
     """Bad input, configuration or state, in one sentence that names the place and the way out.
 
     The command line prints the sentence and exits with 2; a library caller catches this class.
+    Whatever a library's or a user's own message brings along, the sentence is one line.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))

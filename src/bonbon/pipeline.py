@@ -286,8 +286,7 @@ def _training_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
     try:
         return _build_arguments(folder, name)
     except (ValueError, ImportError) as error:  # an optimiser that is not there, bf16 without it
-        reason = " ".join(str(error).split())
-        raise BonbonError(f"the training settings of {name} do not work: {reason}") from error
+        raise BonbonError(f"the training settings of {name} do not work: {error}") from error
 
 
 def _build_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:

@@ -78,8 +78,7 @@ class FunctionReward:
 
 
 def _said(error: Exception) -> str:
-    reason = " ".join(str(error).split())  # what is reported is one line
-    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 class RewardModel:

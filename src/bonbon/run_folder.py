@@ -96,9 +96,10 @@ class RunFolder:
         self.compare(stage, settings)
         note = self._notes / f"{stage}.json"
         if not note.exists():
-            write_json(note, _binding(settings))
+            # The note last: a stop between the two would otherwise leave an older config.yaml.
             dump = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
             write_text(self.path / "config.yaml", dump)
+            write_json(note, _binding(settings))
 
     def compare(self, stage: str, settings: Mapping[str, Any]) -> None:
         """Compare a stage's settings with those it was begun with, if it was.

@@ -169,8 +169,7 @@ class BoNBoNTrainer(Trainer):
             try:
                 model = get_peft_model(model, peft_config)
             except ValueError as error:
-                reason = " ".join(str(error).split())
-                raise BonbonError(f"this adapter does not fit the model: {reason}") from error
+                raise BonbonError(f"this adapter does not fit the model: {error}") from error
         if args.gradient_checkpointing and isinstance(model, PreTrainedModel | PeftModel):
             model.enable_input_require_grads()
         self.objective = OBJECTIVES[args.objective]
