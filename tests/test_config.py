@@ -11,7 +11,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bonbon.config import ObjectiveName, RunConfig, flatten, load_config, parse_config
+from bonbon.config import (
+    ObjectiveName,
+    RunConfig,
+    TiltName,
+    flatten,
+    load_config,
+    parse_config,
+    round_config,
+)
 from bonbon.errors import BonbonError
 
 MINIMAL: dict[str, Any] = {
@@ -40,10 +48,12 @@ def test_the_defaults_are_the_model_s_own_distribution_and_the_paper_s_training(
     sampling, train = config.sampling, config.train
     assert (sampling.n, sampling.temperature, sampling.top_p, sampling.top_k) == (8, 1.0, 1.0, 0)
     assert not sampling.truncates
-    assert (train.objective, train.learning_rate, train.alpha) == ("bonbon", 5e-7, 0.005)
+    assert (train.objective, train.learning_rate, train.alpha) == ("rank_regression", 5e-7, 0.005)
     assert config.model.dtype == "auto"
     assert config.evaluation.holdout == 0.2
-    assert config.trainings == {"bonbon": train}
+    assert (train.n, train.tilt, train.max_batch_tokens, train.kl_budget) == (None,) * 4
+    assert (train.beta, train.delta, config.rounds) == (0.1, 4.0, 1)
+    assert config.trainings == {"rank_regression": train}
 
 
 def test_a_dump_is_read_as_the_same_configuration(tmp_path: Path) -> None:
@@ -62,9 +72,10 @@ def test_a_dump_is_read_as_the_same_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.9)])
 def test_top_k_and_top_p_truncate(top_k: int, top_p: float) -> None:
     cut = {"top_k": top_k, "top_p": top_p}
-    assert parsed(sampling=cut, train={"objective": "sft_bon"}).sampling.truncates
+    for likelihood in ("sft_bon", "weighted_sft"):
+        assert parsed(sampling=cut, train={"objective": likelihood}).sampling.truncates
     # The reference would be of another distribution than the policy.
-    with pytest.raises(BonbonError, match="top_p cut the distribution that objective bonbon"):
+    with pytest.raises(BonbonError, match="top_p cut the distribution that objective rank_regress"):
         parsed(sampling=cut)
     with pytest.raises(BonbonError, match="objective dpo"):
         parsed(
@@ -74,10 +85,74 @@ def test_top_k_and_top_p_truncate(top_k: int, top_p: float) -> None:
         )
 
 
-def test_every_objective_can_be_named() -> None:
+def test_every_objective_and_tilt_can_be_named() -> None:
+    from bonbon.objectives import OBJECTIVES
+    from bonbon.tilt import TILTS
+
+    assert list(get_args(ObjectiveName)) == list(OBJECTIVES)
+    assert list(get_args(TiltName)) == list(TILTS)
+    for objective in OBJECTIVES:
+        assert parsed(f"train.objective={objective}").train.objective == objective
+    for tilt in TILTS:
+        assert parsed(f"train.tilt={tilt}").train.tilt == tilt
+
+
+def test_a_cut_distribution_is_for_what_does_not_compare_with_it() -> None:
+    """The configuration's own list, since it loads no torch, against the objectives'."""
     from bonbon.objectives import OBJECTIVES
 
-    assert set(get_args(ObjectiveName)) == set(OBJECTIVES)
+    for name, objective in OBJECTIVES.items():
+        if objective.compares:
+            with pytest.raises(BonbonError, match=f"objective {name} compares"):
+                parsed("sampling.top_k=5", f"train.objective={name}")
+        else:
+            parsed("sampling.top_k=5", f"train.objective={name}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "n"),
+    [
+        ((), 8),
+        (("sampling.n=4",), 4),
+        (("train.n=64",), 64),
+        (("train.n=2.6",), 3),
+        (("train.n=1.5", "sampling.n=4"), 2),
+    ],
+)
+def test_models_are_measured_beside_the_best_of_n_aimed_at(
+    overrides: tuple[str, ...], n: int
+) -> None:
+    config = parsed(*overrides)
+    assert config.target_n == n
+    with pytest.raises(BonbonError, match=f"'best-of-{n}' is taken"):
+        parsed(*overrides, baselines={f"best-of-{n}": {}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "n"),
+    [
+        (("rounds=3",), 2),
+        (("rounds=2", "train.n=16"), 4),
+        (("rounds=2",), 8**0.5),
+        (("rounds=1",), 8),
+    ],
+)
+def test_a_round_aims_at_its_share_of_n(overrides: tuple[str, ...], n: float) -> None:
+    """Best-of-a of a best-of-b is best-of-ab. Draws differ by round; baselines are of the first."""
+    config = parsed(*overrides, "sampling.seed=5", baselines={"d": {"objective": "dpo"}})
+    first, second = (round_config(config, number, f"model-{number}") for number in (1, 2))
+    assert (first.train.n, second.train.n) == (n, n)
+    assert (first.sampling.seed, second.sampling.seed) == (5, 6)
+    assert (first.model.name, second.model.name) == ("model-1", "model-2")
+    assert (first.rounds, second.rounds) == (1, 1)
+    assert (list(first.baselines), list(second.baselines)) == (["d"], [])
+
+
+def test_rounds_need_whole_weights() -> None:
+    said = complaint("rounds=2", "train.lora.r=4")
+    assert "rounds start from the last round's whole weights; set train.lora.merge to true" in said
+    assert parsed("rounds=2", "train.lora.merge=true").rounds == 2
+    assert parsed("train.lora.r=4").rounds == 1
 
 
 # --- overrides ------------------------------------------------------------------------------------
@@ -91,6 +166,14 @@ def test_every_objective_can_be_named() -> None:
         ("train.learning_rate=.5E-4", "train.learning_rate", 5e-5),
         ("train.learning_rate=1.e+2", "train.learning_rate", 100.0),
         ("train.bf16=true", "train.bf16", True),
+        ("train.objective=rank_regression_huber", "train.objective", "rank_regression_huber"),
+        ("train.tilt=worst_of_n", "train.tilt", "worst_of_n"),
+        ("train.tilt=null", "train.tilt", None),
+        ("train.n=64", "train.n", 64.0),
+        ("train.n=2.5", "train.n", 2.5),
+        ("train.delta=0.5", "train.delta", 0.5),
+        ("train.max_batch_tokens=4096", "train.max_batch_tokens", 4096),
+        ("train.kl_budget=1.5", "train.kl_budget", 1.5),
         ("train.lora.r=2", "train.lora.r", 2),
         ("train.lora.target_modules=[q, v]", "train.lora.target_modules", ["q", "v"]),
         ("prompts.split=train", "prompts.split", "train"),
@@ -140,7 +223,11 @@ def test_an_override_that_is_not_yaml_is_refused() -> None:
         ("sampling.top_n=4", "sampling.top_n", ["temperature", "top_k", "max_new_tokens"]),
         ("modle.name=x", "modle", ["model", "prompts", "baselines"]),
         ("train.lora.rank=4", "train.lora.rank", ["alpha", "target_modules"]),
-        ("baselines.d.lr=1", "baselines.d.lr", ["learning_rate", "objective"]),
+        (
+            "baselines.d.lr=1",
+            "baselines.d.lr",
+            ["learning_rate", "objective", "tilt", "n", "delta"],
+        ),
         ("evaluation.prompts.file=x", "evaluation.prompts.file", ["path", "column"]),
         ("evaluation.rewards.gold.fn=x", "evaluation.rewards.gold.fn", ["function", "weight"]),
     ],
@@ -172,6 +259,14 @@ def test_an_unknown_key_in_a_sum_is_named() -> None:
         ("sampling.on_long_prompt=cut", "sampling.on_long_prompt = 'cut'"),
         ("train.objective=ppo", "train.objective = 'ppo'"),
         ("train.alpha=-1", "train.alpha = -1"),
+        ("train.tilt=cubic", "train.tilt = 'cubic'"),
+        ("train.n=1", "train.n = 1"),
+        ("train.n=.inf", "train.n = inf"),
+        ("train.n=.nan", "train.n = nan"),
+        ("train.delta=0", "train.delta = 0"),
+        ("train.max_batch_tokens=0", "train.max_batch_tokens = 0"),
+        ("train.kl_budget=0", "train.kl_budget = 0"),
+        ("rounds=0", "rounds = 0"),
         ("train.learning_rate=.inf", "train.learning_rate = inf"),
         ("model.dtype=int8", "model.dtype = 'int8'"),
         ("model=x", "model = 'x'"),
@@ -200,7 +295,7 @@ def test_one_completion_a_prompt_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["base", "best-of-8", "bonbon", "a/b", "..", "", "a b", "-", "x-samples"]
+    "name", ["base", "best-of-8", "rank_regression", "a/b", "..", "", "a b", "-", "x-samples"]
 )
 def test_a_baseline_s_name_is_checked(name: str) -> None:
     assert f"baselines: {name!r} is taken" in complaint(baselines={name: {}})
@@ -208,7 +303,7 @@ def test_a_baseline_s_name_is_checked(name: str) -> None:
 
 def test_a_baseline_may_be_named_like_an_objective_that_is_not_the_main_one() -> None:
     config = parsed(baselines={"dpo": {"objective": "dpo"}, "dpo_2": {"objective": "dpo"}})
-    assert list(config.trainings) == ["dpo", "dpo_2", "bonbon"]
+    assert list(config.trainings) == ["dpo", "dpo_2", "rank_regression"]
 
 
 @pytest.mark.parametrize(

@@ -78,14 +78,14 @@ def test_the_reward_model_ranks_as_the_gold_reward_does() -> None:
 def test_the_configuration_is_an_ordinary_one(short: bool) -> None:
     config = demo_config(short=short, seed=3)
     assert config.sampling.n == 8
-    assert config.train.objective == "bonbon"
-    assert list(config.baselines) == ["sft_bon"]
+    assert config.train.objective == "rank_regression"
+    assert list(config.baselines) == ["bonbon", "sft_bon"]
     assert config.sampling.seed == config.train.seed == 3
 
 
 def test_continuations_stand_side_by_side(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, demo_config())
-    for name, text in (("base", " it\nrained."), ("bonbon", " the sun [came].")):
+    for name, text in (("base", " it\nrained."), ("rank_regression", " the sun [came].")):
         group = group_of("p", "Tom looked and", [text], metrics={"gold": (0.25,)})
         write_shard(folder.evaluation / name / "shard-00000.parquet", [group], {})
     shown = side_by_side(folder)

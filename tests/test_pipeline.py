@@ -33,7 +33,7 @@ def folder(shared: Path, stories260k: Path, tmp_path_factory: pytest.TempPathFac
             "prompts": {"path": prompts, "split": "train"},
             "sampling": {"n": N, "max_new_tokens": 32},
             "reward": {"function": "bonbon.demo.sentiment:compound"},
-            "train": {"learning_rate": 6e-5},
+            "train": {"objective": "bonbon", "learning_rate": 6e-5},
             "baselines": {
                 "adapter": {"objective": "ipo_bon", "learning_rate": 1e-3, "lora": {"r": 4}},
             },

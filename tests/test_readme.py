@@ -18,7 +18,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 def test_the_configuration_is_one() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     config = parse_config(yaml.safe_load(block))
-    assert config.train.objective == "bonbon"
+    assert config.train.objective == "rank_regression"
 
 
 def test_the_imports_exist() -> None:

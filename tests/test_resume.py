@@ -85,12 +85,14 @@ def test_killed_runs_lose_and_double_nothing(config: Path, tmp_path: Path) -> No
     for stage in ("samples", "groups"):
         expected, found = read_groups(undisturbed / stage), read_groups(killed / stage)
         assert list(found) == list(expected)
-    for model in ("base", "bonbon"):
+    for model in ("base", "rank_regression"):
         expected = read_groups(undisturbed / "evaluation" / model)
         found = read_groups(killed / "evaluation" / model)
         assert [g.prompt_id for g in found] == [g.prompt_id for g in expected]
     figures = [
-        json.loads((out / "evaluation" / "evaluation.json").read_text())["models"]["bonbon"]
+        json.loads((out / "evaluation" / "evaluation.json").read_text())["models"][
+            "rank_regression"
+        ]
         for out in (undisturbed, killed)
     ]
     # Training that goes on from a checkpoint ends where it would have ended anyway.

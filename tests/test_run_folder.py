@@ -176,23 +176,26 @@ def test_a_broken_note_is_named(tmp_path: Path) -> None:
 
 def test_where_models_lie(tmp_path: Path) -> None:
     folder = folder_at(tmp_path, baselines={"dpo-1": {"objective": "dpo"}})
-    assert folder.model("bonbon") == tmp_path / "model"
+    assert folder.model("rank_regression") == tmp_path / "model"
     assert folder.model("dpo-1") == tmp_path / "baselines" / "dpo-1"
-    assert folder.checkpoints("dpo-1") != folder.checkpoints("bonbon")
+    assert folder.checkpoints("dpo-1") != folder.checkpoints("rank_regression")
 
 
 def test_the_newest_whole_checkpoint_is_found_and_torn_ones_are_removed(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
-    assert folder.last_checkpoint("bonbon") is None
+    assert folder.last_checkpoint("rank_regression") is None
     for step, state in [(9, {}), (100, {}), (20, {}), (150, None), (200, '{"global_st')]:
-        checkpoint = folder.checkpoints("bonbon") / f"checkpoint-{step}"
+        checkpoint = folder.checkpoints("rank_regression") / f"checkpoint-{step}"
         checkpoint.mkdir(parents=True)
         (checkpoint / "model.safetensors").write_bytes(b"weights")
         if state is not None:
             text = state if isinstance(state, str) else json.dumps(state)
             (checkpoint / "trainer_state.json").write_text(text)
-    assert folder.last_checkpoint("bonbon") == folder.checkpoints("bonbon") / "checkpoint-100"
-    left = sorted(path.name for path in folder.checkpoints("bonbon").iterdir())
+    assert (
+        folder.last_checkpoint("rank_regression")
+        == folder.checkpoints("rank_regression") / "checkpoint-100"
+    )
+    left = sorted(path.name for path in folder.checkpoints("rank_regression").iterdir())
     assert left == ["checkpoint-100", "checkpoint-20", "checkpoint-9"]
 
 

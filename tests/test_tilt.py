@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
-from scipy.integrate import fixed_quad
 
 from bonbon.errors import BonbonError
 from bonbon.frontier import frontier_rows, parse_ns
 from bonbon.objectives import bon_beta, bon_target
+from bonbon.tilt import TILTS as NAMED_TILTS
 from bonbon.tilt import (
     BestOfN,
     ExponentialTilt,
@@ -29,6 +29,8 @@ from bonbon.tilt import (
     WorstOfN,
     optimal_kl,
     optimal_win_rate,
+    rank_targets,
+    rank_weights,
 )
 
 Floats = NDArray[np.float64]
@@ -59,12 +61,27 @@ tilts: st.SearchStrategy[Tilt] = st.one_of(
 )
 
 
-def integral(g: Callable[[Floats], Floats], low: float = 0.0, high: float = 1.0) -> float:
-    """∫ g by Gauss–Legendre on panels that halve towards 0 and 1, where tilts have their mass."""
+NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(24)
+
+
+def panels(low: float = 0.0, high: float = 1.0) -> tuple[Floats, Floats]:
+    """Gauss–Legendre points and weights on panels that halve towards 0 and 1.
+
+    The tilts have their mass at the ends.
+    """
     powers = 2.0 ** -np.arange(1, 46)
     edges = np.unique(np.concatenate([[0.0, 1.0], powers, 1 - powers]))
     edges = np.unique(np.concatenate([[low], edges[(edges > low) & (edges < high)], [high]]))
-    return math.fsum(fixed_quad(g, a, b, n=24)[0] for a, b in pairwise(edges))
+    widths = np.diff(edges)[:, None]
+    return (edges[:-1, None] + widths * (NODES + 1) / 2).ravel(), (
+        widths * NODE_WEIGHTS / 2
+    ).ravel()
+
+
+def integral(g: Callable[[Floats], Floats], low: float = 0.0, high: float = 1.0) -> float:
+    """∫ g."""
+    points, weights = panels(low, high)
+    return float(np.sum(weights * g(points)))
 
 
 def density(tilt: Tilt, u: ArrayLike) -> Floats:
@@ -220,21 +237,278 @@ def test_rank_log_ratio_by_simulation(tilt: Tilt) -> None:
     assert np.all(np.abs(got - (means[i - 1] - means[j - 1])) <= tolerance)
 
 
+@moderate
+def test_rank_log_density_by_simulation(tilt: Tilt) -> None:
+    m = 6
+    logs = tilt.log_density(np.sort(np.random.default_rng(2).random((100_000, m)), axis=1))
+    errors = logs.std(axis=0) / math.sqrt(len(logs))
+    got = tilt.rank_log_density(m)
+    assert got.shape == (m,)
+    assert np.all(np.abs(got - logs.mean(axis=0)) <= 5 * errors + 1e-12)
+
+
+# Ranks tell of tilts that are not too steep for the draws to have seen.
+gentle: st.SearchStrategy[Tilt] = st.one_of(
+    st.just(Identity()),
+    st.floats(1, 50).map(BestOfN),
+    st.floats(1, 50).map(WorstOfN),
+    st.floats(-50, 50, allow_subnormal=False).map(ExponentialTilt),
+)
+
+
+@quick
+@given(gentle, st.integers(1, 20))
+def test_rank_log_density_by_quadrature(tilt: Tilt, m: int) -> None:
+    """U_(i) of m uniforms has density Beta(i, m + 1 − i)."""
+    u, weights = panels()
+    i = np.arange(1, m + 1)
+    laws = stats.beta.pdf(u, i[:, None], m + 1 - i[:, None])
+    expected = (laws * tilt.log_density(u)) @ weights
+    got = tilt.rank_log_density(m)
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-7)
+    ratios = tilt.rank_log_ratio(i[:, None], i[None, :], m)
+    np.testing.assert_allclose(ratios, got[:, None] - got[None, :], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("m", [1, 2, 7])
+def test_rank_log_density_of_linear_log_densities(m: int) -> None:
+    """The base model has ln f = 0 everywhere; the exponential tilt's is linear, E[U_(i)] known."""
+    np.testing.assert_array_equal(Identity().rank_log_density(m), np.zeros(m))
+    i = np.arange(1, m + 1)
+    expected = 3 * i / (m + 1) - math.log(math.expm1(3) / 3)
+    np.testing.assert_allclose(ExponentialTilt(3.0).rank_log_density(m), expected, rtol=1e-12)
+
+
+# --- what regression on ranks ends at -------------------------------------------------------------
+
+
+def rank_laws(u: Floats, m: int) -> Floats:
+    """P(rank i among m | quantile u), shape (m, points): m − 1 others, i − 1 of them below."""
+    return np.asarray(stats.binom.pmf(np.arange(m)[:, None], m - 1, u))
+
+
+def regressed(targets: ArrayLike) -> tuple[float, float, float]:
+    """Mass, win rate and KL of the density exp(Σ_i t_i P(rank i | u)).
+
+    A regression of log-densities on `targets` by rank converges to it: its value at u is the mean
+    target there.
+    """
+    u, weights = panels()
+    log_density = np.asarray(targets) @ rank_laws(u, len(np.asarray(targets)))
+    mass = weights * np.exp(log_density)
+    return float(mass.sum()), float(mass @ u), float(mass @ log_density)
+
+
+def stretch(tilt: Tilt, m: int) -> float:
+    """By how much the targets are further apart than the tilt's own mean log-densities."""
+    targets, plain = rank_targets(tilt, m), tilt.rank_log_density(m)
+    return float((targets[-1] - targets[0]) / (plain[-1] - plain[0]))
+
+
+steep: st.SearchStrategy[Tilt] = st.one_of(
+    st.floats(1, 1000).map(BestOfN),
+    st.floats(1, 1000).map(WorstOfN),
+    st.floats(-200, 200, allow_subnormal=False).map(ExponentialTilt),
+    st.just(Identity()),
+)
+sizes = st.integers(2, 16)
+
+
+@quick
+@given(steep, sizes)
+def test_rank_targets_have_the_tilt_s_win_rate(tilt: Tilt, m: int) -> None:
+    mass, win, kl = regressed(rank_targets(tilt, m))
+    assert mass == pytest.approx(1, abs=1e-8)
+    assert win == pytest.approx(tilt.win_rate(), abs=1e-8)
+    # Smoothing flattens: never more than the tilt spends, and as ever not less than the frontier.
+    assert float(optimal_kl(min(max(win, 0.0), 1.0))) - 1e-6 <= kl <= tilt.kl() + 1e-6
+
+
+@pytest.mark.parametrize("n", [1.3, 2, 4, 8, 64])
+@pytest.mark.parametrize("m", [2, 3, 4, 8, 16])
+def test_rank_targets_of_best_and_worst_mirror(n: float, m: int) -> None:
+    best, worst = rank_targets(BestOfN(n), m), rank_targets(WorstOfN(n), m)
+    assert np.all(np.diff(best) > 0)
+    np.testing.assert_allclose(worst, best[::-1], rtol=1e-9, atol=1e-9)
+    assert regressed(worst)[1] == pytest.approx(1 / (n + 1), abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "within"), [(2, 2.15, 5e-3), (4, 1.10, 5e-3), (8, 1.0007, 5e-5)]
+)
+def test_documented_stretches(n: int, c: float, within: float) -> None:
+    assert stretch(BestOfN(n), n) == pytest.approx(c, abs=within)
+
+
+@pytest.mark.parametrize(
+    ("n", "win", "kl"), [(2, 0.582, 0.041), (4, 0.787, 0.565), (8, 0.8888, 1.2037)]
+)
+def test_documented_figures_without_the_stretch(n: int, win: float, kl: float) -> None:
+    """Regression on the tilt's own mean log-densities falls short of best-of-n's n/(n+1)."""
+    plain = BestOfN(n).rank_log_density(n)
+    mass, _, _ = regressed(plain)
+    normalised = regressed(plain - math.log(mass))
+    decimals = 5e-4 if n < 8 else 5e-5
+    assert normalised[1:] == pytest.approx((win, kl), abs=decimals)
+    assert normalised[1] < BestOfN(n).win_rate()
+
+
+@quick
+@given(st.floats(0.01, 200), st.sampled_from([1, -1]), sizes)
+def test_rank_targets_of_the_exponential_tilt_are_exact(size: float, sign: int, m: int) -> None:
+    """ln f is linear and so survives the smoothing: stretched by (m+1)/(m−1) it is the tilt."""
+    tilt = ExponentialTilt(sign * size)
+    assert stretch(tilt, m) == pytest.approx((m + 1) / (m - 1), rel=1e-8)
+    u = np.linspace(0, 1, 33)
+    smoothed = rank_targets(tilt, m) @ rank_laws(u, m)
+    np.testing.assert_allclose(smoothed, tilt.log_density(u), rtol=1e-8, atol=1e-8)
+
+
+def test_rank_targets_of_the_base_model_are_zero() -> None:
+    np.testing.assert_allclose(rank_targets(Identity(), 5), np.zeros(5), atol=1e-12)
+    np.testing.assert_allclose(rank_targets(BestOfN(1), 5), np.zeros(5), atol=1e-12)
+
+
+def test_rank_targets_by_simulation() -> None:
+    """The population claim on literal draws: mean target at a quantile is the smoothed density."""
+    m, targets = 4, rank_targets(BestOfN(4), 4)
+    others = np.random.default_rng(0).random((200_000, m - 1))
+    for u in (0.1, 0.5, 0.95):
+        seen = targets[(others < u).sum(axis=1)]
+        expected = float((targets @ rank_laws(np.array([u]), m))[0])
+        assert seen.mean() == pytest.approx(expected, abs=5 * seen.std() / math.sqrt(len(seen)))
+
+
+def test_rank_targets_are_kept_and_cannot_be_changed() -> None:
+    targets = rank_targets(BestOfN(3), 6)
+    assert rank_targets(BestOfN(3), 6) is targets
+    with pytest.raises(ValueError, match="read-only"):
+        targets[0] = 1
+
+
+@pytest.mark.parametrize("m", [1, 0, -1])
+def test_rank_targets_need_two_draws(m: int) -> None:
+    with pytest.raises(ValueError, match="m >= 2 draws"):
+        rank_targets(BestOfN(2), m)
+
+
+# --- weights of ranks -----------------------------------------------------------------------------
+
+
+@quick
+@given(tilts, st.integers(1, 64))
+def test_rank_weights_sum_to_m(tilt: Tilt, m: int) -> None:
+    weights = rank_weights(tilt, m)
+    assert weights.shape == (m,)
+    assert np.all(weights >= 0)
+    assert weights.sum() == pytest.approx(m)
+
+
+@pytest.mark.parametrize("m", range(1, 8))
+def test_rank_weights_count_subsets(m: int) -> None:
+    """m times the share of the n-subsets whose best (or worst) is the draw of that rank."""
+    for n in range(1, m + 1):
+        subsets = list(combinations(range(m), n))
+        for kind, pick in ((BestOfN, max), (WorstOfN, min)):
+            chosen = np.bincount([pick(subset) for subset in subsets], minlength=m)
+            np.testing.assert_allclose(rank_weights(kind(n), m), m * chosen / len(subsets))
+
+
+@pytest.mark.parametrize("m", [1, 2, 8])
+def test_rank_weights_of_all_draws(m: int) -> None:
+    np.testing.assert_array_equal(rank_weights(BestOfN(m), m), m * np.eye(m)[-1])
+    np.testing.assert_array_equal(rank_weights(WorstOfN(m), m), m * np.eye(m)[0])
+    np.testing.assert_allclose(rank_weights(Identity(), m), np.ones(m))
+
+
 @quick
 @given(st.data())
-def test_rank_log_ratio_by_quadrature(data: st.DataObject) -> None:
-    """U_(i) of m uniforms has density Beta(i, m + 1 − i)."""
-    m = data.draw(st.integers(1, 20), label="m")
-    i, j = (data.draw(st.integers(1, m), label=name) for name in "ij")
-    strategies = [st.floats(1, 50).map(kind) for kind in (BestOfN, WorstOfN)]
-    tilt: Tilt = data.draw(st.one_of(*strategies, st.floats(-50, 50).map(ExponentialTilt)))
+def test_rank_weights_are_unbiased(data: st.DataObject) -> None:
+    """Exactly: the mean weight of a draw with quantile u is the tilt's density there."""
+    m = data.draw(st.integers(1, 24), label="m")
+    kind = data.draw(st.sampled_from([BestOfN, WorstOfN]), label="kind")
+    tilt = kind(data.draw(st.integers(1, m), label="n"))
+    u = np.linspace(0, 1, 33)
+    np.testing.assert_allclose(
+        rank_weights(tilt, m) @ rank_laws(u, m), density(tilt, u), rtol=1e-9, atol=1e-12
+    )
 
-    def expected_log(rank: int) -> float:
-        law = stats.beta(rank, m + 1 - rank)
-        return integral(lambda u: law.pdf(u) * tilt.log_density(u))
 
-    got = float(tilt.rank_log_ratio(i, j, m))
-    assert got == pytest.approx(expected_log(i) - expected_log(j), abs=1e-7)
+@pytest.mark.parametrize("tilt", [BestOfN(3), WorstOfN(5), BestOfN(8)], ids=repr)
+def test_weighted_means_by_simulation(tilt: BestOfN | WorstOfN) -> None:
+    """Weighted means over m draws agree with literal best-of-n, for functions of any shape."""
+    m, groups = 8, 100_000
+    ranked = np.sort(np.random.default_rng(3).random((groups, m)), axis=1)
+    fresh = np.random.default_rng(4).random((groups, int(tilt.n)))
+    literal = fresh.max(axis=1) if isinstance(tilt, BestOfN) else fresh.min(axis=1)
+    for f in (np.square, lambda u: np.cos(9 * u), lambda u: (u > 0.9).astype(float)):
+        means = (rank_weights(tilt, m) * f(ranked)).mean(axis=1)
+        direct = f(literal)
+        error = math.sqrt((means.var() + direct.var()) / groups)
+        assert means.mean() == pytest.approx(direct.mean(), abs=5 * error)
+        assert means.var() <= direct.var() * 1.02  # Rao–Blackwell
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_rank_weights_of_more_than_were_drawn(n: int) -> None:
+    """The best of n draws, with replacement, from the m that there are."""
+    m = 3
+    samples = list(product(range(m), repeat=n))
+    best = np.bincount([max(sample) for sample in samples], minlength=m)
+    worst = np.bincount([min(sample) for sample in samples], minlength=m)
+    np.testing.assert_allclose(rank_weights(BestOfN(n), m), m * best / len(samples))
+    np.testing.assert_allclose(rank_weights(WorstOfN(n), m), m * worst / len(samples))
+
+
+@pytest.mark.parametrize(
+    "tilt",
+    [BestOfN(32), BestOfN(2.5), WorstOfN(32), ExponentialTilt(5), ExponentialTilt(-9)],
+    ids=repr,
+)
+def test_rank_weights_are_consistent(tilt: Tilt) -> None:
+    """For tilts without exact weights the error falls with the number of draws, like 1/m."""
+    errors = []
+    for m in (8, 64, 512):  # 32 <= m has exact weights, which do no worse
+        win = rank_weights(tilt, m) @ (np.arange(1, m + 1) / (m + 1)) / m  # E[U_(i)] = i/(m+1)
+        errors.append(abs(win - tilt.win_rate()))
+    assert errors[0] > 4 * errors[1]
+    assert errors[1] > 4 * errors[2] or errors[1] < 1e-12
+    assert errors[2] < 0.002
+
+
+# --- the tilts that can be named ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1.5, 2, 8, 64])
+def test_named_tilts(n: float) -> None:
+    best, optimal, worst = (NAMED_TILTS[name](n) for name in ("best_of_n", "optimal", "worst_of_n"))
+    assert set(NAMED_TILTS) == {"best_of_n", "optimal", "worst_of_n"}
+    assert (best, worst) == (BestOfN(n), WorstOfN(n))
+    assert optimal.win_rate() == pytest.approx(n / (n + 1), rel=1e-12)
+    assert optimal.kl() == pytest.approx(float(optimal_kl(n / (n + 1))))
+    assert optimal.kl() < best.kl() == worst.kl()
+
+
+@quick
+@given(st.floats(1e-9, 1 - 1e-9))
+def test_with_win_rate_round_trip(win: float) -> None:
+    tilt = ExponentialTilt.with_win_rate(win)
+    assert tilt.win_rate() == pytest.approx(win, rel=1e-6, abs=1e-13)
+    assert tilt.kl() == pytest.approx(float(optimal_kl(win)), rel=1e-6, abs=1e-12)
+    assert (tilt.beta > 0) == (win > 0.5)
+
+
+@quick
+@given(st.floats(-300, 300))
+def test_with_win_rate_finds_beta(beta: float) -> None:
+    found = ExponentialTilt.with_win_rate(ExponentialTilt(beta).win_rate()).beta
+    assert found == pytest.approx(beta, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("win", [0.0, 1.0, -0.1, 1.1, math.nan])
+def test_with_win_rate_outside(win: float) -> None:
+    with pytest.raises(ValueError, match="win_rate must lie"):
+        ExponentialTilt.with_win_rate(win)
 
 
 # --- the frontier ---------------------------------------------------------------------------------
@@ -388,3 +662,10 @@ def test_bad_win_rate(win: float) -> None:
 def test_target_needs_two(n: int) -> None:
     with pytest.raises(ValueError, match="n >= 2"):
         bon_target(n)
+
+
+def test_tilts_too_sharp_for_targets_are_refused() -> None:
+    """Rather than integrated wrongly: at n = 60,000 the nodes would miss the peak."""
+    assert rank_targets(BestOfN(10_000), 8)[-1] == pytest.approx(math.log(10_000), abs=1e-3)
+    with pytest.raises(ValueError, match="too sharp"):
+        rank_targets(BestOfN(60_000), 8)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, LlamaForCausalLM
+from transformers import EarlyStoppingCallback
 
-from bonbon.batching import pad_rows
+from bonbon.config import TrainConfig
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Groups
-from bonbon.logprobs import (
-    completion_log_probs,
-    shared_prompt_log_probs,
-    shared_prompt_rows,
-    supports_shared_prompt,
-)
+from bonbon.logprobs import group_rows
 from bonbon.models import load_policy
-from bonbon.objectives import OBJECTIVES, bonbon
-from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+from bonbon.objectives import OBJECTIVES, GroupLogps, ObjectiveSettings, group_metrics
+from bonbon.selection import SelectedGroup
+from bonbon.tilt import BestOfN, ExponentialTilt, WorstOfN, optimal_kl
+from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer, GroupCollator, sharing_pays
 from conftest import EOS, group_of
 
 N = 4
@@ -52,6 +53,11 @@ def groups() -> Groups:
     return Groups([random_group(i, generator, list(generator.normal(size=N))) for i in range(16)])
 
 
+@lru_cache
+def loaded(model: str) -> Any:
+    return load_policy(model, device="cpu")
+
+
 def trainer_of(model: Any, out: Path, groups: Any, **settings: Any) -> BoNBoNTrainer:
     further = {
         name: settings.pop(name)
@@ -69,7 +75,8 @@ def trainer_of(model: Any, out: Path, groups: Any, **settings: Any) -> BoNBoNTra
         "save_strategy": "no",
     }
     args = BoNBoNConfig(str(out), **(values | settings))
-    return BoNBoNTrainer(str(model), args, train_dataset=groups, **further)
+    policy, tokenizer = loaded(str(model))
+    return BoNBoNTrainer(copy.deepcopy(policy), args, groups, processing_class=tokenizer, **further)
 
 
 def weights(trainer: BoNBoNTrainer) -> dict[str, torch.Tensor]:
@@ -82,59 +89,85 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: fl
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
 
 
-# --- log-probabilities ----------------------------------------------------------------------------
-
-
-def one_by_one(model: LlamaForCausalLM, prompt: tuple[int, ...], ids: tuple[int, ...]) -> float:
-    logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
-    return float(logits.detach().log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum())
-
-
-def test_the_prompt_computed_once_gives_the_same_numbers_and_gradients(
-    tiny_model: Path, groups: Groups
-) -> None:
-    model, _ = load_policy(str(tiny_model), device="cpu")
-    prompts = [group.prompt_token_ids for group in groups]
-    segments = [[group.token_ids[j] for group in groups] for j in range(3)]
-    rows = pad_rows(prompts * 3, [ids for segment in segments for ids in segment], 0)
-    padded = completion_log_probs(model, rows).view(3, -1)
-    shared = shared_prompt_log_probs(model, shared_prompt_rows(prompts, segments, 0), torch.float32)
-    torch.testing.assert_close(shared, padded, atol=1e-4, rtol=0)
-    plain = [
-        [one_by_one(model, g.prompt_token_ids, g.token_ids[j]) for g in groups] for j in (0, 2)
-    ]
-    torch.testing.assert_close(
-        shared[[0, 2]].double(), torch.tensor(plain).double(), atol=1e-3, rtol=0
-    )
-    mixture = torch.linspace(-1, 1, padded.numel()).view_as(padded)
-    parameters = list(model.parameters())
-    ours = torch.autograd.grad((shared * mixture).sum(), parameters)
-    theirs = torch.autograd.grad((padded * mixture).sum(), parameters)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
-
-
 # --- the loss -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share_prompt", [False, True, None])
-def test_the_loss_is_the_objective_of_best_and_worst(
-    tiny_model: Path, groups: Groups, tmp_path: Path, share_prompt: bool | None
+def one_by_one(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> float:
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
+    return float(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum())
+
+
+@pytest.fixture(scope="module")
+def policy_logps(tiny_model: Path, groups: Groups) -> list[list[float]]:
+    """Every completion's log-probability under the untrained model, alone in its batch."""
+    model, _ = load_policy(str(tiny_model), device="cpu")
+    return [[one_by_one(model, g.prompt_token_ids, ids) for ids in g.token_ids] for g in groups]
+
+
+def chosen_logps(objective: str, groups: Groups, policy: list[list[float]]) -> GroupLogps:
+    """What the objective is to be given."""
+    columns: list[list[list[float]]] = [[], [], []]
+    for group, logps in zip(groups, policy, strict=True):
+        indices = OBJECTIVES[objective].select(group)
+        assert indices is not None
+        for column, values in zip(
+            columns, (logps, group.logprobs, group.rewards or ()), strict=True
+        ):
+            column.append([values[index] for index in indices])
+    return GroupLogps(*(torch.tensor(column, dtype=torch.float64) for column in columns))
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_the_loss_is_the_objective_of_the_log_probabilities(
+    tiny_model: Path,
+    groups: Groups,
+    policy_logps: list[list[float]],
+    tmp_path: Path,
+    objective: str,
 ) -> None:
-    trainer = trainer_of(tiny_model, tmp_path, groups, share_prompt=share_prompt, alpha=0.1)
-    batch = trainer.data_collator(trainer.selection.pairs)
-    loss = trainer.compute_loss(trainer.model, batch).detach()
-    policy = {}
-    for name, pick in (("best", np.argmax), ("worst", np.argmin)):
-        indices = [int(pick(group.rewards)) for group in groups]
-        pairs = list(zip(groups, indices, strict=True))
-        policy[name] = [
-            one_by_one(trainer.model, g.prompt_token_ids, g.token_ids[i]) for g, i in pairs
-        ]
-        policy[f"ref_{name}"] = [g.logprobs[i] for g, i in pairs]
-    arguments = {name: torch.tensor(values).double() for name, values in policy.items()}
-    expected = bonbon(**arguments, n=N, alpha=0.1).mean()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+    """Whatever the layout and the parts of the batch."""
+    settings: dict[str, Any] = {"alpha": 0.1, "beta": 0.2, "delta": 1.5}
+    tilt: Any = BestOfN(N)
+    if OBJECTIVES[objective].any_tilt:
+        tilt, settings = WorstOfN(2.5), settings | {"tilt": "worst_of_n", "n": 2.5}
+    logps = chosen_logps(objective, groups, policy_logps)
+    asked = ObjectiveSettings(n=N, tilt=tilt, alpha=0.1, beta=0.2, delta=1.5)
+    expected = float(OBJECTIVES[objective].loss(logps, asked).mean())
+    trainer = trainer_of(tiny_model, tmp_path, groups, objective=objective, **settings)
+    assert trainer.drawn == N
+    for share_prompt in (False, True, None):
+        trainer.args.share_prompt = share_prompt
+        for tokens in (80, 10_000):
+            batch = GroupCollator(0, tokens)(trainer.selection.groups)
+            assert (len(batch["parts"]) > 1) == (tokens == 80)
+            loss = trainer.compute_loss(trainer.model, batch).detach()
+            assert float(loss) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_metrics_are_logged(
+    tiny_model: Path, groups: Groups, policy_logps: list[list[float]], tmp_path: Path
+) -> None:
+    """Averages over the groups, of the policy before its first step."""
+    for objective in ("rank_regression", "bonbon", "sft_bon"):
+        trainer = trainer_of(
+            tiny_model,
+            tmp_path,
+            groups,
+            objective=objective,
+            per_device_train_batch_size=16,
+            eval_dataset=groups,
+            learning_rate=1e-9,
+            max_batch_tokens=100,
+        )
+        trainer.train()
+        expected = group_metrics(chosen_logps(objective, groups, policy_logps))
+        assert ("margin" in expected) == ("accuracy" in expected) == (objective != "sft_bon")
+        for prefix, logged in (("", trainer.state.log_history[0]), ("eval_", trainer.evaluate())):
+            found = trainer.state.log_history[-1] if prefix else logged
+            for name, values in expected.items():
+                assert found[prefix + name] == pytest.approx(float(values.mean()), rel=1e-4)
+            assert (prefix + "margin" in found) == (objective != "sft_bon")
 
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
@@ -148,7 +181,6 @@ def test_every_objective_trains_and_its_loss_falls(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert "sft_loss" in trainer.state.log_history[0]
-    assert ("margin" in trainer.state.log_history[0]) == (objective != "sft_bon")
 
 
 def test_accumulated_batches_train_as_one_large_batch(
@@ -166,6 +198,162 @@ def test_accumulated_batches_train_as_one_large_batch(
     moved = max(float((after[name] - before[name]).abs().max()) for name in before)
     assert moved > 1e-5
     assert_same(after, weights(small), atol=0.02 * moved)
+
+
+@pytest.mark.parametrize("objective", ["bonbon", "rank_regression"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_batch_in_parts_trains_as_one_pass(
+    tiny_model: Path, groups: Groups, tmp_path: Path, objective: str, accumulated: int
+) -> None:
+    """The same weights after several steps, though parts are of unequal numbers of groups."""
+    settings: dict[str, Any] = {
+        "objective": objective,
+        "optim": "sgd",
+        "learning_rate": 1e-6,
+        "max_grad_norm": 1e9,
+        "per_device_train_batch_size": 5,
+        "gradient_accumulation_steps": accumulated,
+        "num_train_epochs": 2,
+    }
+    whole = trainer_of(tiny_model, tmp_path / "a", groups, max_batch_tokens=10**6, **settings)
+    tokens = {"bonbon": 90, "rank_regression": 180}[objective]
+    split = trainer_of(tiny_model, tmp_path / "b", groups, max_batch_tokens=tokens, **settings)
+    (parts, one) = (
+        [len(part["ref_logps"]) for part in batch["parts"]]
+        for batch in (
+            trainer.data_collator(trainer.selection.groups[:5]) for trainer in (split, whole)
+        )
+    )
+    assert len(set(parts)) > 1
+    assert one == [5]
+    before = weights(whole)
+    whole.train()
+    split.train()
+    assert whole.state.global_step == split.state.global_step > 2
+    after = weights(whole)
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert moved > 1e-5
+    assert_same(after, weights(split), atol=2e-3 * moved)
+    losses = [
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        for trainer in (whole, split)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_held_out_loss_is_the_mean_over_groups_whatever_the_batches(
+    tiny_model: Path, groups: Groups, policy_logps: list[list[float]], tmp_path: Path
+) -> None:
+    found = []
+    for batch_size, tokens in ((16, 10**6), (5, 10**6), (5, 90), (16, 90)):
+        trainer = trainer_of(
+            tiny_model,
+            tmp_path,
+            groups,
+            objective="rank_regression",
+            eval_dataset=groups,
+            per_device_eval_batch_size=batch_size,
+            max_batch_tokens=tokens,
+        )
+        found.append(trainer.evaluate()["eval_loss"])
+    logps = chosen_logps("rank_regression", groups, policy_logps)
+    settings = ObjectiveSettings(n=N, tilt=ExponentialTilt.with_win_rate(N / (N + 1)))
+    expected = float(OBJECTIVES["rank_regression"].loss(logps, settings).mean())
+    assert found == pytest.approx([expected] * len(found), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["bonbon", "rank_regression"])
+def test_a_shared_prompt_trains_as_prompts_of_their_own(
+    stories260k: Path, tmp_path: Path, objective: str
+) -> None:
+    """Loss and gradient of a pretrained model, to 1e-5 of their size."""
+    model, tokenizer = load_policy(str(stories260k), device="cpu")
+    texts = {
+        "Once upon a time, there was a little girl named Lily. She": (
+            " loved to play outside in the park.",
+            " was sad.",
+            " had a big red ball and a cat.",
+            " and",
+        ),
+        "Tom and Sam": (" ran home. They were very tired.", " saw a dog.", ".", " like to jump"),
+        "The": (" sun was hot and the sky blue.", " big bear", " end", " boy said hello to Mom"),
+    }
+    groups = []
+    for index, (prompt, completions) in enumerate(texts.items()):
+        ids = tokenizer(prompt).input_ids
+        drawn = [tokenizer(text, add_special_tokens=False).input_ids for text in completions]
+        base = [one_by_one(model, ids, completion) - 0.5 * k for k, completion in enumerate(drawn)]
+        groups.append(
+            group_of(
+                f"p{index}",
+                prompt,
+                completions,
+                prompt_token_ids=tuple(ids),
+                token_ids=tuple(map(tuple, drawn)),
+                logprobs=tuple(base),
+                rewards=tuple(np.roll([0.3, 0.9, 0.1, 0.5], index).tolist()),
+            )
+        )
+    results = []
+    for share_prompt in (False, True):
+        trainer = trainer_of(
+            stories260k, tmp_path, groups, objective=objective, share_prompt=share_prompt
+        )
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        batch = trainer.data_collator(trainer.selection.groups)
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
+        results.append((float(loss.detach()), gradients))
+    (plain, gradients), (shared, other) = results
+    assert shared == pytest.approx(plain, rel=1e-5)
+    steepest = max(float(gradient.abs().max()) for gradient in gradients.values())
+    assert steepest > 0
+    assert_same(other, gradients, atol=1e-5 * steepest)
+
+
+def test_sharing_is_chosen_where_it_saves_a_quarter_of_the_tokens() -> None:
+    def rows(prompt: int, m: int, width: int) -> Any:
+        return group_rows([[5] * prompt], [[[6] * width] * m], 0)
+
+    assert not sharing_pays(rows(40, 1, 1))  # nothing to share it with
+    for m in (2, 4, 8):
+        for prompt in (1, 5, 10, 20, 40):
+            for width in (1, 10, 30):
+                saved = (m - 1) * prompt / (m * (prompt + width))
+                assert sharing_pays(rows(prompt, m, width)) == (saved >= 0.25)
+
+
+def test_how_often_the_prompt_is_computed(tiny_model: Path, tmp_path: Path) -> None:
+    """Once for all completions, in a pass of its own, where that is asked for or pays."""
+    generator = np.random.default_rng(0)
+
+    def of(prompt: int, width: int) -> Group:
+        return group_of(
+            f"g{prompt}",
+            completions=["x"] * N,
+            prompt_token_ids=tuple(generator.integers(3, 259, prompt).tolist()),
+            token_ids=tuple(tuple(generator.integers(3, 259, width).tolist()) for _ in range(N)),
+            logprobs=(-9.0,) * N,
+            rewards=(0.0, 1.0, 2.0, 3.0),
+        )
+
+    passes: list[tuple[int, ...]] = []
+    for group, shapes in (
+        (of(20, 4), {True: [(1, 19), (4, 4)], False: [(4, 23)], None: [(1, 19), (4, 4)]}),
+        (of(3, 20), {True: [(1, 2), (4, 20)], False: [(4, 22)], None: [(4, 22)]}),
+    ):
+        trainer = trainer_of(tiny_model, tmp_path, [group], objective="rank_regression")
+        batch = trainer.data_collator(trainer.selection.groups)
+        trainer.model.register_forward_pre_hook(
+            lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)),
+            with_kwargs=True,
+        )
+        for share_prompt, expected in shapes.items():
+            trainer.args.share_prompt = share_prompt
+            passes.clear()
+            trainer.compute_loss(trainer.model, batch)
+            assert passes == expected
 
 
 def test_gradient_checkpointing_changes_nothing(
@@ -259,7 +447,12 @@ def test_groups_of_a_cut_distribution_train_by_likelihood_alone(
     cut = Groups(groups, {"sampling": {"temperature": 1.0, "top_p": 0.9, "top_k": 0}})
     with pytest.raises(BonbonError, match="cut distribution that the policy does not have"):
         trainer_of(tiny_model, tmp_path, cut)
-    trainer_of(tiny_model, tmp_path, cut, objective="sft_bon")
+    for objective, it in OBJECTIVES.items():
+        if it.compares:
+            with pytest.raises(BonbonError, match=f"objective {objective} compares the two"):
+                trainer_of(tiny_model, tmp_path, cut, objective=objective)
+        else:
+            trainer_of(tiny_model, tmp_path, cut, objective=objective)
 
 
 def test_dropout_is_off_but_an_adapter_s_own(groups: Groups, tmp_path: Path) -> None:
@@ -284,27 +477,60 @@ def test_dropout_is_off_but_an_adapter_s_own(groups: Groups, tmp_path: Path) -> 
     assert {rate for name, rate in rates.items() if "lora" not in name} == {0.0}
     assert {rate for name, rate in rates.items() if "lora" in name} == {0.25}
     trainer.model.train()
-    batch = trainer.data_collator(trainer.selection.pairs)
+    batch = trainer.data_collator(trainer.selection.groups)
     assert trainer.compute_loss(trainer.model, batch).isfinite()
 
 
-def test_models_with_local_attention_do_not_share_the_prompt() -> None:
-    from transformers import GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM
+def test_local_attention_shares_the_prompt_too(groups: Groups, tmp_path: Path) -> None:
+    """GPT-Neo's layers with a window of 4 say so nowhere but in their own forward pass."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-    sizes: dict[str, Any] = {"vocab_size": 99, "hidden_size": 16}
-    neo = GPTNeoConfig(
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=259,
+        hidden_size=16,
         num_layers=2,
         num_heads=2,
         attention_types=[[["global", "local"], 1]],
         window_size=4,
-        **sizes,
+        max_position_embeddings=64,
+        initializer_range=0.3,
     )
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    mistral = MistralConfig(intermediate_size=16, sliding_window=8, **heads, **sizes)
-    assert not supports_shared_prompt(GPTNeoForCausalLM(neo))
-    assert not supports_shared_prompt(MistralForCausalLM(mistral))
-    whole = MistralConfig(intermediate_size=16, sliding_window=None, **heads, **sizes)
-    assert supports_shared_prompt(MistralForCausalLM(whole))
+    args = BoNBoNConfig(str(tmp_path), use_cpu=True, report_to="none", objective="rank_regression")
+    trainer = BoNBoNTrainer(GPTNeoForCausalLM(config), args, groups)
+    batch = trainer.data_collator(trainer.selection.groups)
+    losses = []
+    for share_prompt in (False, True):
+        args.share_prompt = share_prompt
+        losses.append(float(trainer.compute_loss(trainer.model, batch).detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_model_that_cannot_share_the_prompt_says_so(groups: Groups, tmp_path: Path) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=16, n_layer=1, n_head=2))
+    args = BoNBoNConfig(str(tmp_path), use_cpu=True, report_to="none", share_prompt=True)
+    with pytest.raises(BonbonError, match="set share_prompt to false"):
+        BoNBoNTrainer(model, args, groups)
+    args.share_prompt = None
+    trainer = BoNBoNTrainer(model, args, groups)
+    batch = trainer.data_collator(trainer.selection.groups)
+    assert trainer.compute_loss(trainer.model, batch).isfinite()
+
+
+def test_functional_dropout_is_off_too(groups: Groups, tmp_path: Path) -> None:
+    """OPT applies dropout as a function, of a rate that its modules hold as a number."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=259, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=16, dropout=0.5, pad_token_id=0,
+    )  # fmt: skip
+    args = BoNBoNConfig(str(tmp_path), use_cpu=True, report_to="none")
+    model = BoNBoNTrainer(OPTForCausalLM(config), args, groups).model.train()
+    ids = torch.arange(3, 13)[None]
+    torch.testing.assert_close(model(ids).logits, model(ids).logits)
 
 
 def test_tied_groups_are_dropped_and_counted(
@@ -323,9 +549,180 @@ def test_a_datasets_dataset_of_group_rows(tiny_model: Path, groups: Groups, tmp_
     assert trainer.selection == trainer_of(tiny_model, tmp_path, groups).selection
 
 
-def test_n_must_be_the_groups_own(tiny_model: Path, groups: Groups, tmp_path: Path) -> None:
-    with pytest.raises(BonbonError, match="disagree on n"):
-        trainer_of(tiny_model, tmp_path, groups, n=8)
+# --- what is aimed at -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [name for name, it in OBJECTIVES.items() if not it.any_tilt])
+@pytest.mark.parametrize(
+    "setting", [{"n": 8}, {"n": 2.5}, {"tilt": "worst_of_n"}, {"tilt": "optimal"}]
+)
+def test_objectives_of_the_best_of_the_drawn_refuse_another_aim(
+    tiny_model: Path, groups: Groups, tmp_path: Path, objective: str, setting: dict[str, Any]
+) -> None:
+    """In a sentence that names the objectives that can do it."""
+    with pytest.raises(BonbonError) as caught:
+        trainer_of(tiny_model, tmp_path, groups, objective=objective, **setting)
+    said = str(caught.value)
+    assert f"objective {objective} aims at the best of the n drawn ({N})" in said
+    assert f"not at n = {setting.get('n', N):g} of {setting.get('tilt', 'best_of_n')}" in said
+    free = said.partition("objectives for any n and tilt are ")[2].split(", ")
+    assert free == [name for name, it in OBJECTIVES.items() if it.any_tilt]
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_every_objective_may_be_told_the_n_that_was_drawn(
+    tiny_model: Path, groups: Groups, tmp_path: Path, objective: str
+) -> None:
+    for n in (None, N):
+        trainer = trainer_of(tiny_model, tmp_path, groups, objective=objective, n=n)
+        assert (trainer.n, trainer.drawn, trainer._settings.n) == (N, N, N)
+
+
+def test_the_trainer_s_defaults_are_the_configuration_s(tmp_path: Path) -> None:
+    """What a run and a script leave out is the same."""
+    by_script, by_run = BoNBoNConfig(str(tmp_path), report_to="none"), TrainConfig()
+    for name in (
+        "objective", "tilt", "n", "alpha", "beta", "delta", "learning_rate", "max_grad_norm",
+        "share_prompt", "max_batch_tokens", "kl_budget",
+    ):  # fmt: skip
+        assert getattr(by_script, name) == getattr(by_run, name), name
+
+
+def test_the_default_aim_is_best_of_n_s_win_rate_at_the_least_kl(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    args = BoNBoNConfig(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = BoNBoNTrainer(str(tiny_model), args, groups)  # a model by its name
+    assert trainer.processing_class.pad_token_id == 0
+    assert trainer.objective is OBJECTIVES["rank_regression"]
+    assert trainer._settings.tilt == ExponentialTilt.with_win_rate(N / (N + 1))
+    assert trainer._settings.tilt.kl() == pytest.approx(float(optimal_kl(N / (N + 1))))
+
+
+@pytest.mark.parametrize("objective", [name for name, it in OBJECTIVES.items() if it.any_tilt])
+@pytest.mark.parametrize(
+    ("setting", "tilt"),
+    [
+        ({"n": 64, "tilt": "best_of_n"}, BestOfN(64)),
+        ({"n": 1.5, "tilt": "best_of_n"}, BestOfN(1.5)),
+        ({"tilt": "worst_of_n"}, WorstOfN(N)),
+        ({"tilt": "optimal", "n": 8}, ExponentialTilt.with_win_rate(8 / 9)),
+        ({"n": 2.5}, None),
+    ],
+    ids=str,
+)
+def test_objectives_of_all_ranks_aim_at_any_tilt(
+    tiny_model: Path,
+    groups: Groups,
+    tmp_path: Path,
+    objective: str,
+    setting: dict[str, Any],
+    tilt: Any,
+) -> None:
+    trainer = trainer_of(tiny_model, tmp_path, groups, objective=objective, **setting)
+    by_default = {"optimal": ExponentialTilt.with_win_rate(2.5 / 3.5), "best_of_n": BestOfN(2.5)}
+    assert trainer._settings.tilt == (tilt or by_default[OBJECTIVES[objective].tilt])
+    assert (OBJECTIVES[objective].tilt == "best_of_n") == (objective == "weighted_sft")
+    assert trainer._settings.n == trainer.drawn == N
+    batch = trainer.data_collator(trainer.selection.groups)
+    assert trainer.compute_loss(trainer.model, batch).isfinite()
+
+
+def test_training_aims_at_more_than_was_drawn(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    """Best-of-64 of 4 draws: the preferred completions gain more than for best-of-4."""
+    gains = []
+    for n in (N, 64):
+        trainer = trainer_of(
+            tiny_model, tmp_path, groups, objective="rank_regression", n=n, num_train_epochs=15,
+            learning_rate=3e-3,
+        )  # fmt: skip
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "margin" in entry]
+        assert history[-1]["loss"] < history[0]["loss"]
+        gains.append(history[-1]["margin"] - history[0]["margin"])
+    assert gains[1] > gains[0] + 5
+
+
+def test_training_and_held_out_groups_are_of_one_size(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(5)
+    other = [random_group(i, generator, [0.1, 0.7, 0.3]) for i in range(3)]
+    with pytest.raises(BonbonError, match=r"differ in n: \[3, 4\]"):
+        trainer_of(tiny_model, tmp_path, groups, eval_dataset=other)
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def lay_out(
+    groups: Sequence[SelectedGroup], tokens: int
+) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
+    batch = GroupCollator(0, tokens)(groups)
+    return batch["groups"].tolist(), batch["parts"]
+
+
+@pytest.mark.parametrize("tokens", [1, 180, 300, 10_000])
+def test_a_batch_s_parts_hold_every_group_once(
+    tiny_model: Path, groups: Groups, tmp_path: Path, tokens: int
+) -> None:
+    selected = trainer_of(
+        tiny_model, tmp_path, groups, objective="rank_regression"
+    ).selection.groups
+    order, parts = lay_out(selected, tokens)
+    assert sorted(order) == list(range(len(selected)))
+    assert sum(float(part["share"]) for part in parts) == pytest.approx(1)
+    found = iter(order)
+    for part in parts:
+        size, m, _ = part["completion_ids"].shape
+        assert float(part["share"]) == pytest.approx(size / len(selected))
+        for g in range(size):
+            group = selected[next(found)]
+            prompt = part["prompt_ids"][g][part["prompt_mask"][g] > 0]
+            assert tuple(prompt.tolist()) == group.prompt_token_ids
+            for k in range(m):
+                ids = part["completion_ids"][g, k][part["completion_mask"][g, k] > 0]
+                assert tuple(ids.tolist()) == group.completions[k]
+            assert part["ref_logps"][g].tolist() == pytest.approx(group.ref_logps)
+            assert tuple(part["rewards"][g].tolist()) == group.rewards  # to the last digit
+    assert 1 < len(parts) < len(selected) or tokens in (1, 10_000)
+    assert (len(parts) == 1) == (tokens == 10_000)
+
+
+def test_parts_stay_within_the_tokens() -> None:
+    generator = np.random.default_rng(0)
+    selected = [
+        SelectedGroup(
+            f"g{i}",
+            (7,) * int(generator.integers(1, 11)),
+            tuple((8,) * int(n) for n in generator.integers(1, 20, 3)),
+            (-1.0,) * 3,
+            (0.0, 1.0, 2.0),
+        )
+        for i in range(40)
+    ]
+    _, parts = lay_out(selected, 300)
+    padded = [
+        part["completion_mask"].shape[:2].numel()
+        * (part["prompt_ids"].shape[1] + part["completion_ids"].shape[2])
+        for part in parts
+    ]
+    assert max(padded) <= 300
+    assert 5 < len(parts) < 30
+
+
+def test_rewards_that_differ_in_the_last_digit_are_ranked(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    close = [1.0, math.nextafter(1.0, 2), math.nextafter(1.0, 0), 0.0]
+    group = random_group(0, np.random.default_rng(0), close)
+    trainer = trainer_of(tiny_model, tmp_path, [group], objective="rank_regression")
+    (part,) = trainer.data_collator(trainer.selection.groups)["parts"]
+    assert part["rewards"].argsort().tolist() == [[3, 2, 0, 1]]
+    assert part["rewards"].unique().numel() == 4
 
 
 @pytest.mark.parametrize(
@@ -334,6 +731,13 @@ def test_n_must_be_the_groups_own(tiny_model: Path, groups: Groups, tmp_path: Pa
         ({"objective": "ppo"}, "unknown objective 'ppo'"),
         ({"alpha": 1.5}, "alpha must lie"),
         ({"beta": 0.0}, "beta must be positive"),
+        ({"delta": 0.0}, "delta must be positive"),
+        ({"delta": math.nan}, "delta must be positive"),
+        ({"tilt": "cubic"}, "unknown tilt 'cubic'; choose one of best_of_n, optimal, worst_of_n"),
+        ({"n": 1}, "n must be above 1 and at most 10000, got 1"),
+        ({"n": math.inf}, "n must be above 1 and at most 10000, got inf"),
+        ({"n": math.nan}, "n must be above 1 and at most 10000, got nan"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, setting: dict[str, Any], message: str) -> None:

@@ -16,7 +16,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bonbon.errors import BonbonError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-ObjectiveName = Literal["bonbon", "sft_bon", "ipo_bon", "bonbon_dpo", "dpo", "ipo"]
+ObjectiveName = Literal[
+    "bonbon",
+    "sft_bon",
+    "ipo_bon",
+    "bonbon_dpo",
+    "bonbon_ranks",
+    "rank_regression",
+    "rank_regression_pointwise",
+    "rank_regression_huber",
+    "weighted_sft",
+    "dpo",
+    "dpo_best_random",
+    "dpo_random_pair",
+    "ipo",
+    "ipo_best_random",
+    "ipo_random_pair",
+]
+LARGEST_N = 10_000  # beyond, targets by rank are no longer exact
+TiltName = Literal["best_of_n", "optimal", "worst_of_n"]
 
 
 _BAD_NAME = "is taken or not made of letters, digits, '-' and '_'"
@@ -97,18 +115,26 @@ class LoraSettings(_Settings):
     alpha: float = Field(32, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    merge: bool = Field(False, description="save whole weights with the adapter merged in")
 
 
 class TrainConfig(_Settings):
-    """Fine-tuning on best and worst of each group. Batches count groups."""
+    """Fine-tuning on the ranks of each group's completions. Batches count groups."""
 
-    objective: ObjectiveName = "bonbon"
+    objective: ObjectiveName = "rank_regression"
+    tilt: TiltName | None = Field(
+        None,
+        description="what objectives of all ranks aim at; None: optimal, best_of_n for "
+        "weighted_sft and in rounds",
+    )
+    n: float | None = Field(None, gt=1, le=LARGEST_N, description="aimed at; None: sampling.n")
     learning_rate: float = Field(5e-7, gt=0)
     epochs: float = Field(1.0, gt=0)
     batch_size: int = Field(16, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     alpha: float = Field(0.005, ge=0, le=1)
     beta: float = Field(0.1, gt=0, description="of the dpo and ipo baselines")
+    delta: float = Field(4.0, gt=0, description="Huber's, in nats, of rank_regression_huber")
     optimizer: str = Field("adamw_torch", description="a transformers optimiser; paper: rmsprop")
     adam_beta2: float = Field(0.98, gt=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -120,6 +146,10 @@ class TrainConfig(_Settings):
     bf16: bool = Field(False, description="compute in bfloat16 (autocast)")
     gradient_checkpointing: bool = False
     share_prompt: bool | None = None
+    max_batch_tokens: int | None = Field(None, ge=1, description="a pass; None: by the device")
+    kl_budget: float | None = Field(
+        None, gt=0, description="nats; go back towards the base until the measured KL is within it"
+    )
     save_steps: int = Field(200, ge=1)
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="groups held out for the eval loss")
     eval_steps: int = Field(50, ge=1)
@@ -161,6 +191,9 @@ class RunConfig(_Settings):
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig
+    rounds: int = Field(
+        1, ge=1, description="sample, score and train this often, each time from the last model"
+    )
     train: TrainConfig = TrainConfig()
     baselines: dict[str, TrainConfig] = Field(
         default_factory=dict, description="further models, trained and measured beside"
@@ -173,18 +206,33 @@ class RunConfig(_Settings):
             raise ValueError(
                 "sampling.n: best-of-n against worst needs n >= 2; with n = 1 nothing is chosen"
             )
-        cut = [t.objective for t in self.trainings.values() if t.objective != "sft_bon"]
+        by_likelihood = ("sft_bon", "weighted_sft")
+        cut = [t.objective for t in self.trainings.values() if t.objective not in by_likelihood]
         if self.sampling.truncates and cut:
             raise ValueError(
                 f"sampling.top_k and top_p cut the distribution that objective {cut[0]} compares "
-                "the policy with; leave them out, or train with sft_bon alone"
+                "the policy with; leave them out, or train with sft_bon or weighted_sft alone"
             )
-        taken = {"base", f"best-of-{self.sampling.n}", self.model_name}
+        if self.rounds > 1 and self.train.lora is not None and not self.train.lora.merge:
+            raise ValueError(
+                "rounds start from the last round's whole weights; set train.lora.merge to true"
+            )
+        if self.rounds > 1 and self.train.tilt == "optimal":
+            raise ValueError(
+                "rounds compose for best-of-n (a best-of-a of a best-of-b) and not for the optimal "
+                "tilt; leave train.tilt out"
+            )
+        taken = {"base", f"best-of-{self.target_n}", self.model_name}
         for name in self.baselines:
             # The evaluation keeps the draws of a model in a folder of that ending.
             if name in taken or name.endswith("-samples") or not _is_name(name):
                 raise ValueError(f"baselines: {name!r} {_BAD_NAME}")
         return self
+
+    @property
+    def target_n(self) -> int:
+        """The n of the best-of-n that models are measured beside: train.n as a whole number."""
+        return round(self.train.n or self.sampling.n)
 
     @property
     def model_name(self) -> str:
@@ -195,6 +243,28 @@ class RunConfig(_Settings):
     def trainings(self) -> dict[str, TrainConfig]:
         """Every model to train, the main one last."""
         return {**self.baselines, self.model_name: self.train}
+
+
+def round_config(config: RunConfig, number: int, base: Path | str) -> RunConfig:
+    """The configuration of one of `rounds`, which starts from the model `base`.
+
+    A best-of-a of a best-of-b is a best-of-ab, so each of k rounds aims at n^(1/k). The baselines
+    belong to the first round.
+    """
+    n = (config.train.n or config.sampling.n) ** (1 / config.rounds)
+    whole = round(n)
+    n = whole if abs(n - whole) < 1e-9 else n  # 8^(1/3) is not 2 in floating point
+    tilt = config.train.tilt or "best_of_n"
+    seeds = {"seed": config.sampling.seed + number - 1}
+    return config.model_copy(
+        update={
+            "rounds": 1,
+            "model": config.model.model_copy(update={"name": str(base)}),
+            "sampling": config.sampling.model_copy(update=seeds),
+            "train": config.train.model_copy(update={"n": n, "tilt": tilt}),
+            "baselines": config.baselines if number == 1 else {},
+        }
+    )
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

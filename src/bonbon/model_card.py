@@ -23,7 +23,7 @@ def model_card(
 ) -> str:
     """The card's Markdown text; `prompts` were evaluated on, `record` is the training's log."""
     settings, sampling = config.trainings[name], config.sampling
-    is_adapter = settings.lora is not None
+    is_adapter = settings.lora is not None and not settings.lora.merge
     header = {
         # A hub's page links to it, so a folder on this machine has no place there.
         **({} if Path(config.model.name).exists() else {"base_model": config.model.name}),
@@ -36,7 +36,7 @@ def model_card(
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {name}: {_code(config.model.name)} aligned towards best-of-{sampling.n}",
+        f"# {name}: {_code(config.model.name)} aligned towards best-of-{config.target_n}",
         "",
         f"Fine-tuned with BoNBoN's objective `{settings.objective}` on {sampling.n} scored "
         f"completions a prompt{' (a LoRA adapter)' if is_adapter else ''}.",
@@ -46,9 +46,9 @@ def model_card(
         f"On {prompts} held-out prompts, {config.evaluation.k} completions each; 95% intervals by "
         "bootstrap over prompts.",
         "",
-        "| figure | this model | best-of-" + str(sampling.n) + " |",
+        f"| figure | this model | best-of-{config.target_n} |",
         "|---|---|---|",
-        *_figures(results[name], results[f"best-of-{sampling.n}"]),
+        *_figures(results[name], results[f"best-of-{config.target_n}"]),
         "",
         "*Recovered* is the share of best-of-n's win-rate gain; *KL efficiency* is the least KL "
         "that any rank-based tilt needs for this win rate, over the measured KL (1 is the limit).",

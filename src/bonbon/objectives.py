@@ -1,9 +1,10 @@
 """Training objectives: pure functions of log-probabilities summed over tokens, one an objective.
 
-Each argument is a tensor of shape (groups,): ln π(y | x), summed over the completion's tokens in
-nats, under the policy being trained (`best`, `worst`, `chosen`, `rejected`) or under the base model
-(`ref_…`). Each returns losses of shape (groups,); the caller averages. Nothing is divided by a
-length, and no objective has modes.
+A log-probability is ln π(y | x), summed over the completion's tokens in nats, under the policy
+being trained or under the base model (`ref_…`). Objectives of a pair take tensors of shape
+(groups,), one for each side (`best`, `worst`, `chosen`, `rejected`); objectives of all ranks take
+`logps`, `ref_logps` and `rewards` of shape (groups, m). Each returns losses of shape (groups,); the
+caller averages. Nothing is divided by a length, and no objective has modes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bonbon.tilt import BestOfN
+from bonbon.selection import (
+    Select,
+    all_completions,
+    best,
+    best_and_random,
+    best_and_worst,
+    random_pair,
+)
+from bonbon.tilt import BestOfN, Tilt, rank_targets, rank_weights
 
 PAPER_ALPHA = 0.005
 
@@ -112,69 +121,247 @@ def bonbon_dpo(
     return alpha * sft_bon(best) + (1 - alpha) * preference
 
 
+# --- objectives of all ranks ----------------------------------------------------------------------
+
+
+def rank_regression(
+    logps: torch.Tensor, ref_logps: torch.Tensor, rewards: torch.Tensor, tilt: Tilt
+) -> torch.Tensor:
+    """Mean over pairs of ((h_i − h_j) − (t_i − t_j))², with h = ln π − ln π0: every pair's own IPO.
+
+    The same as 2/(m−1)·Σ_i (h_i − h̄ − (t_i − t̄))², centred in the group. t is (m−1)/m times
+    `log_density_targets`. The factor is there because a draw is part of its own group's mean: with
+    quantile u it has E[h_i − h̄] = (1 − 1/m)(h(u) − E h), so with the targets themselves the
+    minimiser would overshoot by m/(m−1) (at n = m = 8 it would win 0.900 at 1.308 nats).
+    The minimiser wins exactly as often as the tilt, for any m ≥ 2 and any n, whole or not, with
+    unlimited data on continuous rewards.
+    """
+    m = rewards.shape[1]
+    return pairwise_regression(logps - ref_logps, log_density_targets(rewards, tilt) * (m - 1) / m)
+
+
+def rank_regression_pointwise(
+    logps: torch.Tensor, ref_logps: torch.Tensor, rewards: torch.Tensor, tilt: Tilt
+) -> torch.Tensor:
+    """Mean over completions of (h_i − t_i)², t = `log_density_targets`: nothing is centred.
+
+    With unlimited data and a policy that can be the tilt, the minimiser is `rank_regression`'s; it
+    is held to the normalised log-density, not to differences alone.
+    """
+    targets = log_density_targets(rewards, tilt)
+    return ((logps - ref_logps - targets) ** 2).mean(dim=1)
+
+
+def rank_regression_huber(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    rewards: torch.Tensor,
+    tilt: Tilt,
+    delta: float,
+) -> torch.Tensor:
+    """`rank_regression` with Huber's loss on each centred residual: linear beyond `delta` nats.
+
+    2/(m−1)·Σ_i 2·huber_δ(h_i − h̄ − (t_i − t̄)), which is `rank_regression` as δ grows.
+    """
+    m = rewards.shape[1]
+    targets = log_density_targets(rewards, tilt) * (m - 1) / m
+    residuals = _centred(logps - ref_logps) - _centred(targets)
+    losses = F.huber_loss(residuals, torch.zeros_like(residuals), reduction="none", delta=delta)
+    return 4 * losses.sum(dim=1) / (m - 1)
+
+
+def weighted_sft(logps: torch.Tensor, rewards: torch.Tensor, tilt: Tilt) -> torch.Tensor:
+    """−(1/m) Σ_i w_i ln π(y_i), w the tilt's weight of each rank (`bonbon.tilt.rank_weights`).
+
+    For best-of-n with n ≤ m it is SFT on the best of n averaged over all n-subsets of the m draws:
+    the same mean as SFT-BoN's on n draws at less variance (Rao-Blackwell). At n = m it is SFT-BoN.
+    Other tilts have plug-in weights, which m draws smooth: best-of-32 from 8 wins 0.887, not 0.970.
+    """
+    return -(tie_weights(rewards, tilt) * logps).mean(dim=1)
+
+
+def bonbon_ranks(
+    logps: torch.Tensor,
+    ref_logps: torch.Tensor,
+    rewards: torch.Tensor,
+    tilt: Tilt,
+    alpha: float = PAPER_ALPHA,
+) -> torch.Tensor:
+    """α·`weighted_sft` + (1−α)·`rank_regression`: BoNBoN with all ranks in both its parts."""
+    regression = rank_regression(logps, ref_logps, rewards, tilt)
+    return alpha * weighted_sft(logps, rewards, tilt) + (1 - alpha) * regression
+
+
+def pairwise_regression(log_ratios: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean over the pairs of a group of ((h_i − h_j) − (t_i − t_j))², shape (groups,).
+
+    Computed as 2/(m−1)·Σ_i (h_i − h̄ − (t_i − t̄))². With the best and the worst of n alone, at
+    best-of-n's expected log-densities of ranks n and 1, this is `ipo_bon`.
+    """
+    residuals = _centred(log_ratios - targets)
+    return 2 * (residuals**2).sum(dim=1) / (log_ratios.shape[1] - 1)
+
+
+def log_density_targets(rewards: torch.Tensor, tilt: Tilt) -> torch.Tensor:
+    """Each completion's target for ln π − ln π0 by its rank in the group (`tilt.rank_targets`).
+
+    Completions that tie share the logarithm of their ranks' mean density, as a plateau of the
+    reward shares its mass. (A mean of the targets themselves would be far off: with binary rewards
+    of probability ½ and n = m = 8, best-of-n puts 5.5 nats between the two values; mixed groups
+    get 6.1 by mean density and 9.1 by mean target.)
+
+    Args:
+        rewards: (groups, m), finite.
+    Returns: (groups, m), float64.
+    """
+    order, level = _levels(rewards)
+    values = torch.tensor(rank_targets(tilt, rewards.shape[1])).to(order.device).expand(order.shape)
+    top = torch.full_like(values, -torch.inf).scatter_reduce(1, level, values, "amax")
+    densities = _level_means((values - top.gather(1, level)).exp(), level)
+    shared = (densities.log() + top).gather(1, level)
+    return torch.zeros_like(shared).scatter(1, order, shared)
+
+
+def tie_weights(rewards: torch.Tensor, tilt: Tilt) -> torch.Tensor:
+    """Each completion's weight by its rank (`tilt.rank_weights`), shared evenly between ties.
+
+    Shapes as in `log_density_targets`; a group's weights sum to m.
+    """
+    order, level = _levels(rewards)
+    weights = torch.tensor(rank_weights(tilt, rewards.shape[1]).copy()).to(order.device)
+    shared = _level_means(weights.expand(order.shape), level).gather(1, level)
+    return torch.zeros_like(shared).scatter(1, order, shared)
+
+
 # --- what the trainer and the configuration select from -------------------------------------------
 
 
 @dataclass(frozen=True)
-class PairLogps:
-    """Summed log-probabilities of each group's best and worst completion, all (groups,), nats.
+class GroupLogps:
+    """Of each group the completions that an objective uses, all tensors (groups, completions).
 
-    `worst` and `ref_worst` are None for an objective that needs the best alone.
+    `logps` and `ref_logps` are summed log-probabilities in nats under the policy and the base
+    model. Objectives of a pair find the better completion in the first column.
     """
 
-    best: torch.Tensor
-    ref_best: torch.Tensor
-    worst: torch.Tensor | None = None
-    ref_worst: torch.Tensor | None = None
+    logps: torch.Tensor
+    ref_logps: torch.Tensor
+    rewards: torch.Tensor
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(best, worst, ref_best, ref_worst). Raises ValueError without the worst."""
-        if self.worst is None or self.ref_worst is None:
-            raise ValueError("this objective needs the worst completion's log-probabilities")
-        return self.best, self.worst, self.ref_best, self.ref_worst
+        """(better, worse, ref_better, ref_worse), each (groups,). ValueError if it is no pair."""
+        if self.logps.shape[1] != 2:
+            raise ValueError(f"this objective needs two completions, got {self.logps.shape[1]}")
+        return *self.logps.unbind(dim=1), *self.ref_logps.unbind(dim=1)  # type: ignore[return-value]
+
+    def ranks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(logps, ref_logps, rewards), for the objectives of all ranks."""
+        return self.logps, self.ref_logps, self.rewards
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """The numbers an objective may need: n, the paper's α, and the β of the DPO/IPO baselines."""
+    """The numbers an objective may need.
+
+    `n` completions a group were drawn; `tilt` is aimed at; `alpha` weighs the likelihood part;
+    `beta` is that of the DPO and IPO baselines; `delta` (nats) is Huber's.
+    """
 
     n: int
+    tilt: Tilt
     alpha: float = PAPER_ALPHA
     beta: float = 0.1
+    delta: float = 4.0
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A named objective: its losses, and whether it needs the worst completion."""
+    """A named objective: its losses, and which completions of a group it uses.
 
-    loss: Callable[[PairLogps, ObjectiveSettings], torch.Tensor]
-    uses_worst: bool = True
+    `any_tilt` says whether it can aim at any tilt or only at the best of the n drawn; `compares`,
+    whether it compares the policy's log-probabilities with the base model's; `tilt` is the one that
+    it aims at unless told otherwise.
+    """
+
+    loss: Callable[[GroupLogps, ObjectiveSettings], torch.Tensor]
+    select: Select = best_and_worst
+    any_tilt: bool = False
+    compares: bool = True
+    tilt: str = "best_of_n"
+
+
+def _of_ranks(loss: Callable[[GroupLogps, ObjectiveSettings], torch.Tensor]) -> Objective:
+    return Objective(loss, all_completions, any_tilt=True, tilt="optimal")
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "bonbon": Objective(lambda p, s: bonbon(*p.pair(), n=s.n, alpha=s.alpha)),
-    "sft_bon": Objective(lambda p, s: sft_bon(p.best), uses_worst=False),
-    "ipo_bon": Objective(lambda p, s: ipo_bon(*p.pair(), n=s.n)),
-    "bonbon_dpo": Objective(lambda p, s: bonbon_dpo(*p.pair(), n=s.n, alpha=s.alpha)),
-    "dpo": Objective(lambda p, s: dpo(*p.pair(), beta=s.beta)),
-    "ipo": Objective(lambda p, s: ipo(*p.pair(), beta=s.beta)),
+    "bonbon": Objective(lambda g, s: bonbon(*g.pair(), n=s.n, alpha=s.alpha)),
+    "sft_bon": Objective(lambda g, s: sft_bon(g.logps[:, 0]), best, compares=False),
+    "ipo_bon": Objective(lambda g, s: ipo_bon(*g.pair(), n=s.n)),
+    "bonbon_dpo": Objective(lambda g, s: bonbon_dpo(*g.pair(), n=s.n, alpha=s.alpha)),
+    "bonbon_ranks": _of_ranks(lambda g, s: bonbon_ranks(*g.ranks(), s.tilt, s.alpha)),
+    "rank_regression": _of_ranks(lambda g, s: rank_regression(*g.ranks(), s.tilt)),
+    "rank_regression_pointwise": _of_ranks(
+        lambda g, s: rank_regression_pointwise(*g.ranks(), s.tilt)
+    ),
+    "rank_regression_huber": _of_ranks(
+        lambda g, s: rank_regression_huber(*g.ranks(), s.tilt, s.delta)
+    ),
+    "weighted_sft": Objective(
+        lambda g, s: weighted_sft(g.logps, g.rewards, s.tilt),
+        all_completions,
+        any_tilt=True,
+        compares=False,
+    ),
+    "dpo": Objective(lambda g, s: dpo(*g.pair(), beta=s.beta)),
+    "dpo_best_random": Objective(lambda g, s: dpo(*g.pair(), beta=s.beta), best_and_random),
+    "dpo_random_pair": Objective(lambda g, s: dpo(*g.pair(), beta=s.beta), random_pair),
+    "ipo": Objective(lambda g, s: ipo(*g.pair(), beta=s.beta)),
+    "ipo_best_random": Objective(lambda g, s: ipo(*g.pair(), beta=s.beta), best_and_random),
+    "ipo_random_pair": Objective(lambda g, s: ipo(*g.pair(), beta=s.beta), random_pair),
 }
 
 
-def pair_metrics(logps: PairLogps, n: int) -> dict[str, torch.Tensor]:
+def group_metrics(group: GroupLogps) -> dict[str, torch.Tensor]:
     """What is logged beside the loss, each of shape (groups,).
 
-    `sft_loss`, and with the worst completion known `ipo_loss` and `dpo_loss` (both at BoNBoN's β),
-    `margin` (ln[π(y_b)/π(y_w)] −
-    ln[π0(y_b)/π0(y_w)], nats; `target` is where IPO-BoN wants it on average), `accuracy` (whether
-    the margin is positive).
+    `sft_loss` (−ln π of the best), `best_log_ratio` (its ln π/π0, nats), and where the objective
+    uses more than one completion `margin` (the best's log-ratio over the worst's, nats) and
+    `accuracy` (the share of pairs, ties left out, whose log-ratios are in the rewards' order).
     """
-    metrics = {"sft_loss": sft_bon(logps.best), "best_log_ratio": logps.best - logps.ref_best}
-    if logps.worst is not None:
-        best, worst, ref_best, ref_worst = logps.pair()
-        margin = (best - ref_best) - (worst - ref_worst)
-        metrics["ipo_loss"] = ipo_bon(best, worst, ref_best, ref_worst, n)
-        metrics["dpo_loss"] = dpo(best, worst, ref_best, ref_worst, bon_beta(n))
-        metrics["margin"] = margin
-        metrics["accuracy"] = (margin > 0).to(margin.dtype)
+    log_ratios = group.logps - group.ref_logps
+    at_best = group.rewards.argmax(dim=1, keepdim=True)
+    best_ratio = log_ratios.gather(1, at_best).squeeze(1)
+    metrics = {
+        "sft_loss": -group.logps.gather(1, at_best).squeeze(1),
+        "best_log_ratio": best_ratio,
+    }
+    if group.logps.shape[1] > 1:
+        at_worst = group.rewards.argmin(dim=1, keepdim=True)
+        better = group.rewards[:, :, None] > group.rewards[:, None, :]
+        higher = log_ratios[:, :, None] > log_ratios[:, None, :]
+        metrics["margin"] = best_ratio - log_ratios.gather(1, at_worst).squeeze(1)
+        metrics["accuracy"] = (better & higher).sum((1, 2)) / better.sum((1, 2))
     return metrics
+
+
+# --- ranks and ties -------------------------------------------------------------------------------
+
+
+def _centred(values: torch.Tensor) -> torch.Tensor:
+    return values - values.mean(dim=1, keepdim=True)
+
+
+def _levels(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order that sorts each group, and in that order each completion's reward level, from 0."""
+    ordered, order = rewards.sort(dim=1, stable=True)
+    is_new = ordered[:, 1:] != ordered[:, :-1]
+    level = torch.cat([torch.zeros_like(order[:, :1]), is_new.long().cumsum(dim=1)], dim=1)
+    return order, level
+
+
+def _level_means(values: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    """Means of (groups, m) values over each level, at column `level`; NaN in columns of none."""
+    zeros = torch.zeros_like(values)
+    counts = zeros.scatter_add(1, level, torch.ones_like(values))
+    return zeros.scatter_add(1, level, values) / counts

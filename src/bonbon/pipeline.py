@@ -26,7 +26,14 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.config import PromptsConfig, RewardConfig, RunConfig, SamplingConfig, TrainConfig
+from bonbon.config import (
+    PromptsConfig,
+    RewardConfig,
+    RunConfig,
+    SamplingConfig,
+    TrainConfig,
+    round_config,
+)
 from bonbon.errors import BonbonError
 from bonbon.evaluation import Evaluator, ModelEvaluation, completion_kls
 from bonbon.files import read_json, sync_tree, write_json, write_text
@@ -48,7 +55,7 @@ from bonbon.prompts import PromptRow, hold_out, read_prompts
 from bonbon.reward import FunctionReward, Reward, RewardModel, WeightedSum, score_groups
 from bonbon.run_folder import RunFolder, file_digest
 from bonbon.sampling import EncodedPrompt, TransformersSampler
-from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer, target_n
 
 BASE = "base"
 
@@ -110,6 +117,7 @@ def _load_base(config: RunConfig) -> tuple[PreTrainedModel, Tokenizer]:
 def sample(folder: RunFolder) -> None:
     """Draw n completions of every training prompt into `samples/`."""
     config = folder.config
+    _refuse_rounds(config)
     rows, _ = load_prompts(config)
     folder.begin("sample", _sample_settings(config))
     if folder.is_finished("sample", folder.samples):
@@ -161,6 +169,7 @@ def _sample_shards(
 def score(folder: RunFolder) -> None:
     """Score every sampled shard into `groups/`."""
     config = folder.config
+    _refuse_rounds(config)
     folder.begin("score", _score_settings(config))
     if not folder.is_finished("sample", folder.samples):
         raise BonbonError(f"{folder.samples} is not complete; run `bonbon sample` to the end first")
@@ -208,6 +217,7 @@ def _described(reward: RewardConfig) -> dict[str, Any]:
 
 def train(folder: RunFolder) -> None:
     """Fine-tune the model, and the baselines, on the groups."""
+    _refuse_rounds(folder.config)
     for name in folder.config.trainings:
         _train_one(folder, name)
 
@@ -215,7 +225,7 @@ def train(folder: RunFolder) -> None:
 def _check_trainings(folder: RunFolder) -> None:
     """Find wrong training settings before anything is drawn. Raises BonbonError."""
     for name in folder.config.trainings:
-        _training_arguments(folder, name)
+        target_n(_training_arguments(folder, name), folder.config.sampling.n)
 
 
 def _train_one(folder: RunFolder, name: str) -> None:
@@ -260,7 +270,7 @@ def _train_one(folder: RunFolder, name: str) -> None:
         "seconds": time.monotonic() - began,
         "log": trainer.state.log_history,
     }
-    _save_model(trainer, tokenizer, target, record)
+    _save_model(trainer, tokenizer, target, record, settings)
     shutil.rmtree(folder.checkpoints(name), ignore_errors=True)
 
 
@@ -296,11 +306,15 @@ def _build_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
     arguments = BoNBoNConfig(
         output_dir=str(folder.checkpoints(name)),
         objective=settings.objective,
-        n=config.sampling.n,
+        tilt=settings.tilt,
+        n=settings.n,
         alpha=settings.alpha,
         beta=settings.beta,
+        delta=settings.delta,
         temperature=config.sampling.temperature,
         share_prompt=settings.share_prompt,
+        max_batch_tokens=settings.max_batch_tokens,
+        kl_budget=settings.kl_budget,
         learning_rate=settings.learning_rate,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
@@ -378,12 +392,19 @@ class _BarCallback(TrainerCallback):
 
 
 def _save_model(
-    trainer: BoNBoNTrainer, tokenizer: Tokenizer, target: Path, record: dict[str, Any]
+    trainer: BoNBoNTrainer,
+    tokenizer: Tokenizer,
+    target: Path,
+    record: dict[str, Any],
+    settings: TrainConfig,
 ) -> None:
     """Save the model folder whole or not at all, safetensors only."""
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if settings.lora is not None and settings.lora.merge:
+        model = model.merge_and_unload()
+    model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     write_json(temporary / "training_log.json", record)
     sync_tree(temporary)
@@ -409,7 +430,7 @@ def evaluate(folder: RunFolder) -> dict[str, ModelEvaluation]:
     todo = [n for n in names if not folder.is_finished(f"evaluate-{n}", folder.evaluation / n)]
     if todo:
         _draw_and_measure(folder, todo, rows)
-    n, k = config.sampling.n, config.evaluation.k
+    n, k = config.target_n, config.evaluation.k
     measured = {name: read_groups(folder.evaluation / name) for name in names}
     evaluator = Evaluator(measured[BASE], n, k, config.evaluation.bootstrap)
     results = {BASE: evaluator.base_model(), f"best-of-{n}": evaluator.best_of_n()} | {
@@ -428,7 +449,7 @@ def _draw_and_measure(folder: RunFolder, names: Sequence[str], rows: Sequence[Pr
     rewards = {"": build_reward(config.reward)} | {
         name: build_reward(reward) for name, reward in config.evaluation.rewards.items()
     }
-    k, n = config.evaluation.k, config.sampling.n
+    k, n = config.evaluation.k, config.target_n
     for name in names:
         if name == BASE:
             model, tokenizer = base, base_tokenizer
@@ -518,7 +539,7 @@ def _write_evaluation(
     write_json(
         folder.evaluation / "evaluation.json",
         {
-            "n": config.sampling.n,
+            "n": config.target_n,
             "k": config.evaluation.k,
             "prompts": prompts,
             "prompts_trained_on": seen,
@@ -530,7 +551,7 @@ def _write_evaluation(
             "models": {name: result.to_json() for name, result in results.items()},
         },
     )
-    plot_win_rate_against_kl(results, config.sampling.n, folder.evaluation / "win_rate_kl.png")
+    plot_win_rate_against_kl(results, config.target_n, folder.evaluation / "win_rate_kl.png")
     for name in config.trainings:
         record = read_json(folder.model(name) / "training_log.json")
         card = model_card(config, name, results, prompts, record)
@@ -541,9 +562,50 @@ def _write_evaluation(
 
 
 def run(folder: RunFolder) -> dict[str, ModelEvaluation]:
-    """All stages, from prompts to the evaluation."""
+    """All stages, from prompts to the evaluation, with `rounds` of the first three."""
+    if folder.config.rounds > 1:
+        _run_rounds(folder)
+        return evaluate(folder)
     _check_trainings(folder)
     sample(folder)
     score(folder)
     train(folder)
     return evaluate(folder)
+
+
+def _run_rounds(folder: RunFolder) -> None:
+    """Rounds of sample, score and train, each in a run folder `round-R/`; then the models."""
+    config = folder.config
+    folder.begin("rounds", {"rounds": config.rounds} | _train_settings(config, config.model_name))
+    base: Path | str = config.model.name
+    steps = []
+    for number in range(1, config.rounds + 1):
+        steps.append(RunFolder(folder.path / f"round-{number}", round_config(config, number, base)))
+        base = steps[-1].model(config.model_name)
+    _check_trainings(steps[0])
+    for step in steps:
+        sample(step)
+        score(step)
+        train(step)
+    for name in config.trainings:
+        _publish(steps[-1 if name == config.model_name else 0].model(name), folder.model(name))
+
+
+def _publish(source: Path, target: Path) -> None:
+    """Put a round's model where a run's model lies, whole or not at all."""
+    if target.exists():
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, temporary)
+    sync_tree(temporary)
+    os.replace(temporary, target)
+
+
+def _refuse_rounds(config: RunConfig) -> None:
+    if config.rounds > 1:
+        raise BonbonError(
+            f"with rounds = {config.rounds} sampling, scoring and training take turns; use "
+            "`bonbon run`"
+        )

@@ -85,3 +85,25 @@ def plot_win_rate_against_kl(results: Mapping[str, ModelEvaluation], n: int, pat
     axes.plot([0], [0.5], "*", color="black", label="base model")
     axes.legend(loc="lower right", fontsize=8)
     _save(figure, path)
+
+
+def plot_curves(
+    curves: Mapping[str, Sequence[tuple[float, float]]], n: int, path: Path, max_kl: float = 6.0
+) -> None:
+    """Methods as curves of (KL in nats, win rate), under the frontier and beside best-of-n."""
+    figure, axes = _frontier_axes(max_kl, sorted({2, 4, 8, 16, 32, 64, n}))
+    for index, (name, points) in enumerate(curves.items()):
+        axes.plot(
+            [kl for kl, _ in points],
+            [win for _, win in points],
+            marker=_MARKERS[index % len(_MARKERS)],
+            color=_COLOURS[index % len(_COLOURS)],
+            linestyle=("-", "--", ":")[index // len(_COLOURS) % 3],
+            linewidth=1.2,
+            markersize=4,
+            label=name,
+        )
+    axes.set_xlim(-0.1, max_kl)
+    axes.set_ylim(0.5, 1.005)
+    axes.legend(loc="lower right", fontsize=7)
+    _save(figure, path)

@@ -37,7 +37,7 @@ from bonbon.cache import block_growing_cache
 from bonbon.config import SamplingConfig
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Prompt
-from bonbon.logprobs import forward_parameters, full_precision, last_logits
+from bonbon.logprobs import cache_parameter, forward_parameters, full_precision, last_logits
 from bonbon.models import apply_chat_template, context_length, end_token_ids
 from bonbon.prompts import PromptRow
 
@@ -310,11 +310,9 @@ class TransformersSampler:
         self, ids: torch.Tensor, mask: torch.Tensor, position: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
         """The logits behind each row, (rows, vocabulary); `cache` takes the new keys and values."""
-        # transformers 5.24 renamed the argument.
-        known = forward_parameters(self.model)
-        name = "cache" if "cache" in known else "past_key_values"
-        inputs = {"input_ids": ids, "attention_mask": mask, name: cache, "use_cache": True}
-        if "position_ids" in known:
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        inputs[cache_parameter(self.model) or "past_key_values"] = cache
+        if "position_ids" in forward_parameters(self.model):
             inputs["position_ids"] = position
         return last_logits(self.model, 1, **inputs)[:, -1]
 

@@ -1,57 +1,107 @@
-"""Choosing, from each group, the completions that training uses."""
+"""Choosing, from each group, the completions that training uses.
+
+A choice maps a scored group to the indices of its completions, the better ones first, or to None
+when the rewards that it would compare all tie. Random choices depend on the prompt's id alone, so
+that every run, epoch and process makes the same ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
 
+Select = Callable[[Group], tuple[int, ...] | None]
+
 
 @dataclass(frozen=True)
-class Pair:
-    """The best and the worst completion of a group, with their base log-probabilities (nats)."""
+class SelectedGroup:
+    """The completions of a group that an objective uses.
+
+    `ref_logps` (nats, under the base model) and `rewards` are one a completion.
+    """
 
     prompt_id: str
     prompt_token_ids: tuple[int, ...]
-    best: tuple[int, ...]
-    worst: tuple[int, ...]
-    ref_best: float
-    ref_worst: float
+    completions: tuple[tuple[int, ...], ...]
+    ref_logps: tuple[float, ...]
+    rewards: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The pairs of a data set, the n they were chosen from, and how many groups were left out."""
+    """What to train on, the n that each group holds, and how many groups were left out."""
 
-    pairs: list[Pair]
+    groups: list[SelectedGroup]
     n: int
     tied: int
 
 
-def best_and_worst(group: Group) -> tuple[int, int] | None:
-    """Indices of the best and the worst completion; None when all rewards are equal.
+# --- choices --------------------------------------------------------------------------------------
 
-    Among completions that share the largest (or smallest) reward the first drawn is taken; draws
-    are exchangeable, so this is an unbiased choice. Raises BonbonError for an unscored group or one
-    of fewer than two completions.
+
+def best(group: Group) -> tuple[int, ...] | None:
+    """The best completion.
+
+    Among completions that share the largest (or smallest) reward the first drawn is taken, here and
+    below; draws are exchangeable, so this is an unbiased choice.
     """
+    pair = best_and_worst(group)
+    return None if pair is None else pair[:1]
+
+
+def best_and_worst(group: Group) -> tuple[int, ...] | None:
+    """The best and the worst completion."""
+    rewards = _rewards(group)
+    largest, smallest = max(rewards), min(rewards)
+    if largest == smallest:
+        return None
+    return rewards.index(largest), rewards.index(smallest)
+
+
+def best_and_random(group: Group) -> tuple[int, ...] | None:
+    """The best completion and a random one of those with a lower reward."""
+    rewards = _rewards(group)
+    largest = max(rewards)
+    lower = [index for index, reward in enumerate(rewards) if reward < largest]
+    if not lower:
+        return None
+    return rewards.index(largest), random.Random(group.prompt_id).choice(lower)
+
+
+def random_pair(group: Group) -> tuple[int, ...] | None:
+    """A random pair of completions with different rewards, the better one first."""
+    rewards = _rewards(group)
+    everything = range(len(rewards))
+    pairs = [(i, j) for i in everything for j in everything if rewards[i] > rewards[j]]
+    return random.Random(group.prompt_id).choice(pairs) if pairs else None
+
+
+def all_completions(group: Group) -> tuple[int, ...] | None:
+    """All completions, as drawn."""
+    rewards = _rewards(group)
+    return None if max(rewards) == min(rewards) else tuple(range(len(rewards)))
+
+
+def _rewards(group: Group) -> tuple[float, ...]:
     if group.rewards is None:
         raise BonbonError(f"group {group.prompt_id} has no rewards; run `bonbon score` first")
     if group.n < 2:
-        raise BonbonError(
-            f"group {group.prompt_id} has {group.n} completion; best against worst needs n >= 2"
-        )
-    best, worst = max(group.rewards), min(group.rewards)
-    return None if best == worst else (group.rewards.index(best), group.rewards.index(worst))
+        raise BonbonError(f"group {group.prompt_id} has {group.n} completion; ranking needs n >= 2")
+    return group.rewards
 
 
-def select_pairs(groups: Sequence[Group]) -> Selection:
-    """Best and worst of every group; groups whose rewards all tie are dropped and counted.
+# --- a data set -----------------------------------------------------------------------------------
+
+
+def select_groups(groups: Sequence[Group], select: Select) -> Selection:
+    """The chosen completions of every group; groups that tie are dropped and counted.
 
     Raises BonbonError when there are no groups, when they differ in n (the target depends on it),
-    or when every group ties.
+    when a group is unscored or has fewer than two completions, or when every group ties.
     """
     if not groups:
         raise BonbonError("there are no groups to train on")
@@ -62,22 +112,22 @@ def select_pairs(groups: Sequence[Group]) -> Selection:
                 f"group {group.prompt_id} has {group.n} completions, others have {n}; train on "
                 "groups of one size"
             )
-    chosen = [(group, best_and_worst(group)) for group in groups]
-    pairs = [_pair(group, *indices) for group, indices in chosen if indices is not None]
-    if not pairs:
+    chosen = [(group, select(group)) for group in groups]
+    selected = [_selected(group, indices) for group, indices in chosen if indices is not None]
+    if not selected:
         raise BonbonError(
             f"in all {len(groups)} groups the best and the worst reward tie: the reward tells no "
             "completion from another, so there is nothing to learn"
         )
-    return Selection(pairs, n, tied=len(groups) - len(pairs))
+    return Selection(selected, n, tied=len(groups) - len(selected))
 
 
-def _pair(group: Group, best: int, worst: int) -> Pair:
-    return Pair(
+def _selected(group: Group, indices: Sequence[int]) -> SelectedGroup:
+    rewards = _rewards(group)
+    return SelectedGroup(
         prompt_id=group.prompt_id,
         prompt_token_ids=group.prompt_token_ids,
-        best=group.token_ids[best],
-        worst=group.token_ids[worst],
-        ref_best=group.logprobs[best],
-        ref_worst=group.logprobs[worst],
+        completions=tuple(group.token_ids[index] for index in indices),
+        ref_logps=tuple(group.logprobs[index] for index in indices),
+        rewards=tuple(rewards[index] for index in indices),
     )

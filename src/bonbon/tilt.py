@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -25,6 +26,7 @@ Floats = NDArray[np.float64]
 Ranks = NDArray[np.intp]
 
 __all__ = [
+    "TILTS",
     "BestOfN",
     "ExponentialTilt",
     "Identity",
@@ -37,6 +39,8 @@ __all__ = [
     "kl_pmf",
     "optimal_kl",
     "optimal_win_rate",
+    "rank_targets",
+    "rank_weights",
     "tilted_pmf",
     "win_rate_pmf",
 ]
@@ -44,7 +48,9 @@ __all__ = [
 
 @runtime_checkable
 class Tilt(Protocol):
-    """A density f on the reward quantile u in [0, 1]."""
+    """A density f on the reward quantile u in [0, 1]; an immutable value."""
+
+    def __hash__(self) -> int: ...
 
     def win_rate(self) -> float:
         """Probability that the tilted policy beats the base model, a tie counting half: E_f[u]."""
@@ -68,6 +74,10 @@ class Tilt(Protocol):
 
     def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
         """E[ln f(U_(i)) − ln f(U_(j))] for the i-th and j-th smallest of m base samples (nats)."""
+        ...
+
+    def rank_log_density(self, m: int) -> Floats:
+        """E[ln f(U_(i))] for the i-th smallest of m base samples, i = 1..m, shape (m,) (nats)."""
         ...
 
 
@@ -109,6 +119,9 @@ class Identity:
         low, high = _ranks(i, j, m)
         return np.zeros(np.broadcast(low, high).shape)
 
+    def rank_log_density(self, m: int) -> Floats:
+        return np.zeros(m)
+
 
 @dataclass(frozen=True)
 class BestOfN:
@@ -149,6 +162,11 @@ class BestOfN:
         harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, m))])
         return np.asarray((self.n - 1) * (harmonic[low - 1] - harmonic[high - 1]))
 
+    def rank_log_density(self, m: int) -> Floats:
+        """ln n + (n−1)(ψ(i) − ψ(m+1))."""
+        harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, m + 1))])
+        return np.asarray(math.log(self.n) + (self.n - 1) * (harmonic[:-1] - harmonic[-1]))
+
 
 @dataclass(frozen=True)
 class WorstOfN:
@@ -178,6 +196,9 @@ class WorstOfN:
     def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
         low, high = _ranks(i, j, m)
         return BestOfN(self.n).rank_log_ratio(m + 1 - low, m + 1 - high, m)
+
+    def rank_log_density(self, m: int) -> Floats:
+        return BestOfN(self.n).rank_log_density(m)[::-1]
 
 
 # Below this |β| the closed forms of the exponential tilt lose digits to cancellation; their Taylor
@@ -244,6 +265,18 @@ class ExponentialTilt:
         low, high = _ranks(i, j, m)
         return np.asarray(self.beta * (low - high) / (m + 1))
 
+    def rank_log_density(self, m: int) -> Floats:
+        """ln f at E[U_(i)] = i/(m + 1), since ln f is linear in u."""
+        return self.log_density(np.arange(1, m + 1) / (m + 1))
+
+    @classmethod
+    def with_win_rate(cls, win_rate: float) -> ExponentialTilt:
+        """The tilt of that win rate at the least KL. Raises ValueError outside (0, 1)."""
+        if not 0 < win_rate < 1:
+            raise ValueError(f"win_rate must lie in (0, 1), got {win_rate}")
+        beta = _beta_of_win_rate(max(win_rate, 1 - win_rate))
+        return cls(beta if win_rate >= 0.5 else -beta)
+
 
 def _exponential_win_rate(beta: float) -> float:
     if abs(beta) < _SMALL_BETA:
@@ -291,11 +324,16 @@ def _optimal_kl(win_rate: float) -> float:
         return math.inf
     if win_rate == 0.5:
         return 0.0
-    # 1 − win tends to 1/β and never exceeds it, so the solution lies below 1/(1 − win).
     edge = max(win_rate, 1 - win_rate)
-    if edge == 1:
-        return math.inf
-    return _exponential_kl(_solve_increasing(_exponential_win_rate, edge, 0.0, 1 / (1 - edge) + 1))
+    return math.inf if edge == 1 else _exponential_kl(_beta_of_win_rate(edge))
+
+
+def _beta_of_win_rate(win_rate: float) -> float:
+    """The β ≥ 0 of a win rate in [½, 1)."""
+    if win_rate == 0.5:
+        return 0.0
+    # 1 − win tends to 1/β and never exceeds it, so the solution lies below 1/(1 − win).
+    return _solve_increasing(_exponential_win_rate, win_rate, 0.0, 1 / (1 - win_rate) + 1)
 
 
 def optimal_win_rate(kl: ArrayLike) -> Floats:
@@ -428,3 +466,74 @@ def best_of_n_rank_weights(m: int, n: int) -> Floats:
         raise ValueError(f"need 1 <= n <= m, got n = {n}, m = {m}")
     subsets = math.comb(m, n)
     return np.array([math.comb(i - 1, n - 1) / subsets for i in range(1, m + 1)])
+
+
+# --- what the ranks of m draws tell of a tilt -----------------------------------------------------
+
+
+def rank_weights(tilt: Tilt, m: int) -> Floats:
+    """The weight that each rank of m base draws gets in an average over the tilt; they sum to m.
+
+    For best-of-n with a whole n ≤ m these are m·C(i−1, n−1)/C(m, n): what a random n-subset's best
+    is, on average over all subsets, so weighted means are unbiased for best-of-n (Rao-Blackwell);
+    worst-of-n mirrors them. Any other tilt has no such weights (given its quantile u a draw's
+    weight is a polynomial in u of degree m−1) and gets the tilt of the m draws themselves, its mass
+    on ((i−1)/m, i/m]: consistent as m grows.
+    """
+    n = getattr(tilt, "n", math.inf)
+    if isinstance(tilt, BestOfN | WorstOfN) and n == int(n) and n <= m:
+        exact = m * best_of_n_rank_weights(m, int(n))
+        return exact if isinstance(tilt, BestOfN) else exact[::-1]
+    return np.asarray(m * np.diff(tilt.cdf(np.arange(m + 1) / m)))
+
+
+@lru_cache(maxsize=64)
+def rank_targets(tilt: Tilt, m: int) -> Floats:
+    """Log-density targets by rank, t_1..t_m (nats), whose regression has the tilt's win rate.
+
+    A draw with quantile u has rank i among m with probability B_i(u) = C(m−1, i−1) u^(i−1)
+    (1−u)^(m−i), so whoever regresses its log-density ratio on targets t ends at Σ t_i B_i(u), a
+    Bernstein smoothing. No t of finite length undoes that smoothing for a ln u, so for few draws
+    the expected log-density E[ln f(U_(i))] falls short (at n = m = 2 it wins 0.582, not 0.667).
+    Here it is stretched, t_i = c·E[ln f(U_(i))] − ln Z, by the one c with which the regression wins
+    exactly as often as the tilt does; Z makes it a density. For best-of-n c is 2.15 at n = m = 2,
+    1.10 at 4, 1.0007 at 8; the KL is at most best-of-n's in all cases measured, as the smoothed
+    density is the flatter one. For the exponential tilt c = (m+1)/(m−1) and nothing is lost.
+
+    For tilts monotone in u. Raises ValueError for m < 2, or for a tilt whose density is too sharp
+    to be integrated (best-of-n from n of about 25,000 on).
+    """
+    if m < 2:
+        raise ValueError(f"ranks need m >= 2 draws, got {m}")
+    shape = tilt.rank_log_density(m)
+    shape = shape - shape.max()
+    nodes, weights = np.polynomial.legendre.leggauss(256)
+    u, weights = (nodes + 1) / 2, weights / 2
+    if abs(weights @ np.exp(tilt.log_density(u)) - 1) > 1e-3:
+        raise ValueError(f"{tilt} is too sharp for targets by rank")
+    i = np.arange(m)
+    log_binomial = math.lgamma(m) - np.array([math.lgamma(k + 1) + math.lgamma(m - k) for k in i])
+    log_bernstein = log_binomial[:, None] + np.outer(i, np.log(u)) + np.outer(i[::-1], np.log1p(-u))
+    smoothed = shape @ np.exp(log_bernstein)
+
+    def density(c: float) -> Floats:
+        return weights * np.exp(c * (smoothed - smoothed.max()))
+
+    def gain(c: float) -> float:
+        mass = density(c)
+        return abs(float(mass @ u / mass.sum()) - 0.5)
+
+    wanted = abs(tilt.win_rate() - 0.5)
+    c = _solve_increasing(gain, wanted, 0.0, 16.0) if wanted > 0 else 1.0
+    log_z = math.log(density(c).sum()) + c * float(smoothed.max())
+    targets = np.asarray(c * shape - log_z)
+    targets.setflags(write=False)  # it is cached
+    return targets
+
+
+# What a configuration selects from: the tilt that goes with best-of-n.
+TILTS: dict[str, Callable[[float], Tilt]] = {
+    "best_of_n": BestOfN,
+    "optimal": lambda n: ExponentialTilt.with_win_rate(BestOfN(n).win_rate()),
+    "worst_of_n": WorstOfN,
+}

@@ -22,7 +22,6 @@ def demo_config(*, short: bool = False, seed: int = 0) -> RunConfig:
     prompts = {"path": str(PROMPTS), "split": "train", "limit": 160 if short else None}
     held_out = {"path": str(PROMPTS), "split": "eval", "limit": 32 if short else None}
     training: dict[str, Any] = {
-        "learning_rate": 8e-5,
         "epochs": 4 if short else 2,
         "batch_size": 16,
         "seed": seed,
@@ -33,8 +32,9 @@ def demo_config(*, short: bool = False, seed: int = 0) -> RunConfig:
             "prompts": prompts,
             "sampling": {"n": 8, "max_new_tokens": 48, "seed": seed},
             "reward": {"model": str(REWARD_MODEL), "device": "cpu"},
-            "train": {**training, "objective": "bonbon"},
+            "train": {**training, "objective": "rank_regression", "learning_rate": 2e-4},
             "baselines": {
+                "bonbon": {**training, "objective": "bonbon", "learning_rate": 8e-5},
                 "sft_bon": {**training, "objective": "sft_bon", "learning_rate": 3e-4},
             },
             "evaluation": {
