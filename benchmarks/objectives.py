@@ -1,0 +1,605 @@
+"""Which objective gets how much of best-of-n, at what KL, from the same groups.
+
+    python benchmarks/objectives.py run --out build/objectives [--threads 1]
+    python benchmarks/objectives.py report --out build/objectives --document docs/benchmarks.md
+
+`run` trains every method at every learning rate of one grid on the same groups (m completions a
+prompt) by the shipped trainer, evaluates on held-out prompts, and keeps one JSON file a training;
+it can be stopped, gone on with, and started several times side by side. `report` turns what is
+there into a document of tables and plots. Each figure of a table is a mean over seeds (a seed has
+groups of its own) with its standard error. Learning rates are chosen on one half of the held-out
+prompts and all figures are of the other half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fcntl
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from bonbon.config import SamplingConfig
+from bonbon.demo import PROMPTS, REWARD_MODEL, STORY_MODEL
+from bonbon.evaluation import best_of_n_win_rate, completion_kls, win_rate
+from bonbon.files import write_json, write_text
+from bonbon.groups import Group, read_groups, write_shard
+from bonbon.models import load_policy
+from bonbon.objectives import OBJECTIVES
+from bonbon.prompts import PromptRow, read_prompts
+from bonbon.reward import FunctionReward, Reward, RewardModel, score_groups
+from bonbon.sampling import TransformersSampler
+from bonbon.tilt import BestOfN, optimal_kl
+from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+DRAWN = 8  # m, completions a group
+LEARNING_RATES = (1e-4, 4e-5, 2.5e-4)  # the grid, in the order it is done
+SEEDS = (0, 1, 2)
+BATCH, K, LARGEST_N = 16, 8, 32
+
+
+# --- settings and methods -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model, a reward and prompts; models are evaluated after these shares of their steps."""
+
+    name: str
+    model: Path
+    prompts: Path
+    tokens: int
+    training_prompts: int
+    evaluation_prompts: int
+    evaluate_at: tuple[float, ...]
+
+    def reward(self) -> Reward:
+        if self.name == "stories260K":
+            return FunctionReward.from_name("bonbon.demo.sentiment:compound")
+        return RewardModel.from_pretrained(str(REWARD_MODEL), device="cpu")
+
+    def rows(self, split: str) -> list[PromptRow]:
+        limit = self.training_prompts if split == "train" else self.evaluation_prompts
+        return read_prompts(self.prompts, "prompt", "prompt_id", split, limit)
+
+
+SETTINGS = {
+    "stories260K": Setting(
+        name="stories260K",
+        model=SHARED / "models" / "stories260K",
+        prompts=SHARED / "data" / "stories" / "prompts.jsonl",
+        tokens=64,
+        training_prompts=400,
+        evaluation_prompts=150,
+        evaluate_at=(0.5, 1.0),
+    ),
+    "demo": Setting(
+        name="demo",
+        model=STORY_MODEL,
+        prompts=PROMPTS,
+        tokens=48,
+        training_prompts=300,
+        evaluation_prompts=100,
+        evaluate_at=(1.0,),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """An objective and its target. `more` times the groups are drawn of each prompt."""
+
+    objective: str
+    n: int = 8
+    tilt: str = "best_of_n"
+    more: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.objective + (", optimal tilt" if self.tilt == "optimal" else "")
+
+    @property
+    def key(self) -> str:
+        return f"{self.objective}-{self.tilt}-n{self.n}-x{self.more}"
+
+    @property
+    def epochs(self) -> float:
+        """Two, or one where there are more groups."""
+        return 2.0 if self.more == 1 else 1.0
+
+
+CORE = (
+    Method("rank_regression", tilt="optimal"),
+    Method("bonbon"),
+    Method("sft_bon"),
+    Method("rank_regression"),
+)
+MORE = {
+    "stories260K": (
+        Method("rank_regression", tilt="optimal", more=8),
+        Method("bonbon", more=8),
+    ),
+    "demo": (
+        Method("rank_regression", tilt="optimal", more=4),
+        Method("bonbon", more=4),
+    ),
+}
+FURTHER = (
+    Method("bonbon_ranks", tilt="optimal"),
+    Method("dpo"),
+    Method("dpo_random_pair"),
+    Method("dpo_best_random"),
+    Method("ipo_bon"),
+    Method("ipo"),
+    Method("ipo_random_pair"),
+    Method("ipo_best_random"),
+    Method("rank_regression_pointwise", tilt="optimal"),
+    Method("rank_regression_huber"),
+)
+OTHER_N = (
+    Method("rank_regression", n=4, tilt="optimal"),
+    Method("rank_regression", n=32, tilt="optimal"),
+    Method("bonbon", n=4),
+    Method("weighted_sft", n=4),
+    Method("weighted_sft", n=32),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    setting: str
+    method: Method
+    learning_rate: float
+    seed: int
+
+    def path(self, out: Path) -> Path:
+        name = f"{self.method.key}-{self.learning_rate:g}-seed{self.seed}.json"
+        return out / self.setting / "results" / name
+
+
+def jobs() -> Iterator[Job]:
+    """Every training, the most telling ones first."""
+    middle, low, high = LEARNING_RATES
+    pairs = tuple(method for method in CORE if method.objective == "bonbon")
+    others = tuple(method for method in CORE if method not in pairs)
+    for setting, methods, rates in (
+        ("stories260K", CORE, (middle,)),
+        ("stories260K", MORE["stories260K"], (middle,)),
+        ("demo", CORE, (middle,)),
+        ("stories260K", pairs, (low,)),
+        ("stories260K", others, (high,)),
+        ("demo", MORE["demo"], (middle,)),
+        ("stories260K", FURTHER, (middle,)),
+        ("stories260K", OTHER_N, (middle,)),
+        ("demo", pairs, (low,)),
+        ("demo", others, (high,)),
+        ("stories260K", (*CORE, *FURTHER, *OTHER_N), (low, high)),
+        ("demo", CORE, (low, high)),
+        ("demo", (*FURTHER, *OTHER_N), LEARNING_RATES),
+    ):
+        for rate in rates:
+            for method in methods:
+                for seed in SEEDS:
+                    yield Job(setting, method, rate, seed)
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+def draw(setting: Setting, split: str, n: int, seed: int, folder: Path) -> list[Group]:
+    """The base model's scored groups, drawn once and kept in `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.with_suffix(".lock")):
+        if not (folder / "shard-00000.parquet").exists():
+            model, tokenizer = load_policy(str(setting.model), dtype="float32", device="cpu")
+            config = SamplingConfig(n=n, max_new_tokens=setting.tokens, seed=seed)
+            sampler = TransformersSampler(model, tokenizer, config, split)
+            groups = sampler.sample(sampler.encode(setting.rows(split)))
+            scores = score_groups(setting.reward(), groups)
+            scored = [g.with_rewards(s) for g, s in zip(groups, scores, strict=True)]
+            folder.mkdir(exist_ok=True)
+            write_shard(folder / "shard-00000.parquet", scored, {})
+        return list(read_groups(folder))
+
+
+def training_groups(setting: Setting, method: Method, seed: int, out: Path) -> list[Group]:
+    """`more` groups of m draws a prompt; of n draws where the objective is tied to them."""
+    size = DRAWN if OBJECTIVES[method.objective].any_tilt else min(method.n, DRAWN)
+    folder = out / setting.name / f"groups-x{method.more}-seed{seed}"
+    drawn = draw(setting, "train", DRAWN * method.more, seed, folder)
+    starts = range(0, DRAWN * method.more, DRAWN)
+    return [part(group, start, size) for start in starts for group in drawn]
+
+
+def part(group: Group, start: int, size: int) -> Group:
+    """`size` of a group's completions, as a group."""
+    assert group.rewards is not None
+    columns = slice(start, start + size)
+    return replace(
+        group,
+        prompt_id=f"{group.prompt_id}/{start}",
+        completions=group.completions[columns],
+        token_ids=group.token_ids[columns],
+        logprobs=group.logprobs[columns],
+        finish_reasons=group.finish_reasons[columns],
+        rewards=group.rewards[columns],
+    )
+
+
+class locked:  # noqa: N801 (a context manager)
+    """Holds a file lock, so that workers side by side do nothing twice."""
+
+    def __init__(self, path: Path, wait: bool = True) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+
+# --- training and measuring -----------------------------------------------------------------------
+
+
+class Bench:
+    """What a worker holds of a setting: the base model, the reward and the base's draws."""
+
+    def __init__(self, setting: Setting, out: Path) -> None:
+        self.setting = setting
+        self.out = out
+        self.base, self.tokenizer = load_policy(str(setting.model), dtype="float32", device="cpu")
+        self.reward = setting.reward()
+        folder = out / setting.name / "evaluation"
+        self.evaluation = draw(setting, "eval", K + LARGEST_N, 1, folder)
+
+    def train(self, job: Job) -> list[dict[str, Any]]:
+        """Train as the job says; the measurements, one a point of `evaluate_at`."""
+        groups = training_groups(self.setting, job.method, job.seed, self.out)
+        method, points = job.method, list[dict[str, Any]]()
+        steps = round(method.epochs * np.ceil(len(groups) / BATCH))
+        at = {max(1, round(share * steps)) for share in self.setting.evaluate_at}
+        bench, began, measuring = self, time.monotonic(), 0.0
+
+        class Measure(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                nonlocal measuring
+                if state.global_step in at:
+                    start = time.monotonic()
+                    point = bench.measure(kwargs["model"], job)
+                    point |= {"step": state.global_step, "seconds": start - began - measuring}
+                    points.append(point)
+                    measuring += time.monotonic() - start
+
+        args = BoNBoNConfig(
+            str(self.out / "trainer"),
+            objective=method.objective,
+            tilt=method.tilt,
+            n=method.n,
+            learning_rate=job.learning_rate,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            max_batch_tokens=4096,
+            adam_beta2=0.98,
+            warmup_steps=0.05,
+            seed=job.seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = BoNBoNTrainer(
+            copy.deepcopy(self.base),
+            args,
+            groups,
+            processing_class=self.tokenizer,
+            callbacks=[Measure()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return points
+
+    def measure(self, policy: Any, job: Job) -> dict[str, Any]:
+        """Per prompt: wins against the base's draws, KL and lengths; and distinct-2."""
+        policy.eval()
+        config = SamplingConfig(n=K, max_new_tokens=self.setting.tokens, seed=1)
+        sampler = TransformersSampler(policy, self.tokenizer, config, f"{job.method.key}")
+        groups = sampler.sample(sampler.encode(self.setting.rows("eval")))
+        rewards = score_groups(self.reward, groups)
+        kls = completion_kls(policy, self.base, groups)
+        policy.train()
+        pairs = list(zip(rewards, self.evaluation, strict=True))
+        return {
+            "wins": [win_rate(ours, base.rewards or ()) for ours, base in pairs],
+            "kls": [float(np.mean(kl)) for kl in kls],
+            "lengths": [float(np.mean(group.lengths())) for group in groups],
+            "distinct_2": distinct_2(groups),
+        }
+
+
+def distinct_2(groups: Iterable[Group]) -> float:
+    """Different pairs of neighbouring tokens over all of them (Li et al. 2016)."""
+    pairs = [
+        pair
+        for group in groups
+        for ids in group.token_ids
+        for pair in zip(ids, ids[1:])  # noqa: B905, RUF007
+    ]
+    return len(set(pairs)) / len(pairs)
+
+
+def run(out: Path) -> None:
+    """Do every job that no other worker does."""
+    benches: dict[str, Bench] = {}
+    for job in jobs():
+        path = job.path(out)
+        if path.exists():
+            continue
+        try:
+            lock = locked(path.with_suffix(".lock"), wait=False)
+        except BlockingIOError:
+            continue
+        with lock:
+            if path.exists():
+                continue
+            if job.setting not in benches:
+                benches[job.setting] = Bench(SETTINGS[job.setting], out)
+            points = benches[job.setting].train(job)
+            write_json(path, {"job": asdict(job), "points": points})
+            last = points[-1]
+            print(
+                f"{path.stem} ({job.setting}): win rate {np.mean(last['wins']):.3f} at "
+                f"{np.mean(last['kls']):.2f} nats, {last['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trained model on one half of the held-out prompts."""
+
+    recovered: float
+    win_rate: float
+    kl: float
+    length_change: float
+    distinct_2: float
+    seconds: float
+
+    @property
+    def efficiency(self) -> float:
+        """The least KL for this win rate over the measured KL."""
+        gains = self.win_rate > 0.5 and self.kl > 0
+        return float(optimal_kl(min(self.win_rate, 1 - 1e-6))) / self.kl if gains else 0.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A method in a setting: for each learning rate and seed, the points along its training."""
+
+    setting: str
+    method: Method
+    development: dict[tuple[float, int], list[Point]]
+    test: dict[tuple[float, int], list[Point]]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for _, seed in self.test})
+
+    def best_rate(self) -> float:
+        """The learning rate with the best mean score at the end, on the development prompts.
+
+        The score is the KL efficiency of models that recover 0.8 of best-of-n's gain; where none
+        does, what is recovered counts.
+        """
+        rates = sorted({rate for rate, _ in self.development})
+
+        def score(rate: float) -> tuple[bool, float]:
+            ends = [points[-1] for (r, _), points in self.development.items() if r == rate]
+            recovered = float(np.mean([end.recovered for end in ends]))
+            enough = recovered >= 0.8
+            return enough, float(np.mean([e.efficiency for e in ends])) if enough else recovered
+
+        return max(rates, key=score)
+
+    def ends(self, rate: float) -> list[Point]:
+        return [points[-1] for (r, _), points in sorted(self.test.items()) if r == rate]
+
+    def efficiency_at(self, recovered: float, best_win_rate: float) -> list[float]:
+        """Each seed's KL efficiency where its curve reaches `recovered`, NaN if it does not.
+
+        The curve goes from the base model through all of a seed's points in order of what they
+        recover, skipping points that another one beats in both; KL is interpolated on it linearly.
+        """
+        win = 0.5 + recovered * (best_win_rate - 0.5)
+        least = float(optimal_kl(win))
+        found = []
+        for seed in self.seeds:
+            points = [p for (_, s), ps in self.test.items() if s == seed for p in ps]
+            gains, kls = _envelope(points)
+            reached = gains[-1] >= recovered
+            found.append(least / float(np.interp(recovered, gains, kls)) if reached else np.nan)
+        return found
+
+
+def _envelope(points: Sequence[Point]) -> tuple[list[float], list[float]]:
+    gains, kls = [0.0], [0.0]
+    for point in sorted(points, key=lambda p: p.kl):
+        if point.recovered > gains[-1]:
+            gains.append(point.recovered)
+            kls.append(point.kl)
+    return gains, kls
+
+
+def load_curves(out: Path) -> list[Curve]:
+    """What `run` has left in `out`, by setting and method."""
+    found: dict[tuple[str, Method], list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(out.glob("*/results/*.json")):
+        record = json.loads(path.read_text())
+        found[record["job"]["setting"], Method(**record["job"]["method"])].append(record)
+    more = [method for methods in MORE.values() for method in methods]
+    order = {method: i for i, method in enumerate((*CORE, *more, *FURTHER, *OTHER_N))}
+    curves = []
+    for (name, method), records in found.items():
+        base = list(read_groups(out / name / "evaluation"))
+        halves = (slice(0, None, 2), slice(1, None, 2))
+        development, test = (
+            {
+                (r["job"]["learning_rate"], r["job"]["seed"]): [
+                    _point(p, base, half, method.n) for p in r["points"]
+                ]
+                for r in records
+            }
+            for half in halves
+        )
+        curves.append(Curve(name, method, development, test))
+    return sorted(curves, key=lambda c: (c.setting != "stories260K", order.get(c.method, 99)))
+
+
+def best_wins(base: Sequence[Group], n: int) -> np.ndarray:
+    """Best-of-n's win rate for each prompt, from its m + n draws."""
+    return np.array([best_of_n_win_rate(g.rewards or (), g.rewards or (), n) for g in base])
+
+
+def _point(values: dict[str, Any], base: Sequence[Group], half: slice, n: int) -> Point:
+    win = float(np.mean(values["wins"][half]))
+    best = float(best_wins(base[half], n).mean())
+    lengths = np.mean([np.mean(group.lengths()) for group in base[half]])
+    return Point(
+        recovered=(win - 0.5) / (best - 0.5),
+        win_rate=win,
+        kl=float(np.mean(values["kls"][half])),
+        length_change=float(np.mean(values["lengths"][half]) - lengths),
+        distinct_2=values["distinct_2"],
+        seconds=values["seconds"],
+    )
+
+
+def mean_error(values: Sequence[float], digits: int = 3) -> str:
+    """Mean ± standard error; a dash where a seed has no value."""
+    if not values or any(np.isnan(values)):
+        reached = sum(not np.isnan(value) for value in values)
+        return f"– ({reached} of {len(values)} seeds)" if reached else "–"
+    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
+
+
+def table(curves: Sequence[Curve], best_win_rate: float) -> list[str]:
+    """One row a method: at its best learning rate, and along its curve."""
+    lines = [
+        "| method | seeds | lr | win rate | KL (nats) | recovered | KL efficiency | "
+        "… at recovered 0.8 | … at 1.0 | length change | distinct-2 | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for curve in curves:
+        rate = curve.best_rate()
+        ends = curve.ends(rate)
+        columns = [
+            mean_error([end.win_rate for end in ends]),
+            mean_error([end.kl for end in ends], 2),
+            mean_error([end.recovered for end in ends], 2),
+            mean_error([end.efficiency for end in ends]),
+            mean_error(curve.efficiency_at(0.8, best_win_rate)),
+            mean_error(curve.efficiency_at(1.0, best_win_rate)),
+            mean_error([end.length_change for end in ends], 1),
+            f"{np.mean([end.distinct_2 for end in ends]):.3f}",
+            f"{np.median([end.seconds for end in ends]):.0f}",
+        ]
+        more = f", {curve.method.more} times the draws" if curve.method.more > 1 else ""
+        row = [f"{curve.method.name}{more}", str(len(ends)), f"{rate:g}", *columns]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def plot(curves: Sequence[Curve], n: int, path: Path) -> None:
+    """Win rate against KL, a line a method through its points averaged over seeds."""
+    from bonbon.plots import plot_curves
+
+    lines = {}
+    for curve in curves:
+        means = []
+        for rate in sorted({rate for rate, _ in curve.test}):
+            runs = [points for (r, _), points in curve.test.items() if r == rate]
+            for at in zip(*runs, strict=True):
+                means.append(
+                    (float(np.mean([p.kl for p in at])), float(np.mean([p.win_rate for p in at])))
+                )
+        more = f", {curve.method.more}× draws" if curve.method.more > 1 else ""
+        lines[curve.method.name + more] = sorted(means)
+    plot_curves(lines, n, path)
+
+
+TITLES = {
+    "stories260K": "stories260K with VADER's sentiment",
+    "demo": "The demo's story model with its reward model",
+}
+
+
+def report(out: Path, document: Path) -> None:
+    """Tables and plots of all that `run` has done so far, between the document's markers."""
+    curves, lines = load_curves(out), list[str]()
+    for name in dict.fromkeys(curve.setting for curve in curves):
+        setting, base = SETTINGS[name], list(read_groups(out / name / "evaluation"))
+        lines += [
+            f"### {TITLES[name]}",
+            "",
+            f"{setting.training_prompts} prompts × {DRAWN} completions of at most {setting.tokens} "
+            f"tokens, {setting.evaluation_prompts} held-out prompts × {K}.",
+            "",
+        ]
+        for n in sorted({c.method.n for c in curves if c.setting == name}, key=lambda n: n != 8):
+            chosen = [c for c in curves if c.setting == name and c.method.n == n]
+            best = float(best_wins(base[1::2], n).mean())
+            image = document.parent / f"benchmark-{name}-n{n}.png"
+            plot(chosen, n, image)
+            lines += [
+                f"#### n = {n}",
+                "",
+                f"Best-of-{n} itself wins {best:.3f} at {BestOfN(n).kl():.2f} nats.",
+                "",
+                *table(chosen, best),
+                "",
+                f"![Win rate against KL of every method at n = {n}]({image.name})",
+                "",
+            ]
+    text = document.read_text(encoding="utf-8") if document.exists() else f"{BEGIN}\n{END}\n"
+    head, rest = text.split(BEGIN, 1)
+    tail = rest.split(END, 1)[1]
+    write_text(document, head + BEGIN + "\n\n" + "\n".join(lines) + "\n" + END + tail)
+
+
+BEGIN, END = "<!-- benchmarks/objectives.py writes from here -->", "<!-- to here -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("--out", type=Path, default=Path("build/objectives"))
+    parser.add_argument("--document", type=Path, default=Path("docs/benchmarks.md"))
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    args = parser.parse_args()
+    if args.command == "run":
+        torch.set_num_threads(args.threads)
+        run(args.out)
+    else:
+        report(args.out, args.document)
+
+
+if __name__ == "__main__":
+    main()
