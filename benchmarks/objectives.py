@@ -19,7 +19,7 @@ import fcntl
 import json
 import os
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -181,11 +181,11 @@ def jobs() -> Iterator[Job]:
         ("demo", CORE, (middle,)),
         ("stories260K", pairs, (low,)),
         ("stories260K", others, (high,)),
-        ("demo", MORE["demo"], (middle,)),
         ("stories260K", FURTHER, (middle,)),
         ("stories260K", OTHER_N, (middle,)),
         ("demo", pairs, (low,)),
         ("demo", others, (high,)),
+        ("demo", MORE["demo"], (middle,)),
         ("stories260K", (*CORE, *FURTHER, *OTHER_N), (low, high)),
         ("demo", CORE, (low, high)),
         ("demo", (*FURTHER, *OTHER_N), LEARNING_RATES),
@@ -245,7 +245,11 @@ class locked:  # noqa: N801 (a context manager)
     def __init__(self, path: Path, wait: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT)
-        fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(self._handle)
+            raise
 
     def __enter__(self) -> None: ...
 
@@ -408,7 +412,8 @@ class Curve:
         The score is the KL efficiency of models that recover 0.8 of best-of-n's gain; where none
         does, what is recovered counts.
         """
-        rates = sorted({rate for rate, _ in self.development})
+        runs = Counter(rate for rate, _ in self.development)
+        rates = sorted(rate for rate in runs if runs[rate] == max(runs.values()))
 
         def score(rate: float) -> tuple[bool, float]:
             ends = [points[-1] for (r, _), points in self.development.items() if r == rate]
@@ -425,7 +430,8 @@ class Curve:
         """Each seed's KL efficiency where its curve reaches `recovered`, NaN if it does not.
 
         The curve goes from the base model through all of a seed's points in order of what they
-        recover, skipping points that another one beats in both; KL is interpolated on it linearly.
+        recover, skipping points that another one beats in both. √KL is interpolated on it linearly,
+        since for small changes of a policy what is gained is proportional to it.
         """
         win = 0.5 + recovered * (best_win_rate - 0.5)
         least = float(optimal_kl(win))
@@ -434,7 +440,8 @@ class Curve:
             points = [p for (_, s), ps in self.test.items() if s == seed for p in ps]
             gains, kls = _envelope(points)
             reached = gains[-1] >= recovered
-            found.append(least / float(np.interp(recovered, gains, kls)) if reached else np.nan)
+            kl = float(np.interp(recovered, gains, np.sqrt(kls))) ** 2
+            found.append(least / kl if reached else np.nan)
         return found
 
 
