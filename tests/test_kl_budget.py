@@ -117,6 +117,23 @@ def test_the_meter_is_zero_for_the_base_and_keeps_the_mode(tiny_model: Path) -> 
     assert model.training
 
 
+def test_a_diverged_training_is_an_error(
+    tiny_model: Path, groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(tiny_model, tmp_path, groups, kl_budget=BUDGET, max_steps=1)
+    monkeypatch.setattr(KLMeter, "__call__", lambda *_: MeasuredKL(float("nan"), 0.0))
+    with pytest.raises(BonbonError, match="diverged"):
+        trainer.train()
+
+
+def test_the_meter_draws_as_the_groups_were_drawn(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    drawn = Groups(groups, {"sampling": {"temperature": 0.7, "max_new_tokens": 21}})
+    config = budget_of(trainer_of(tiny_model, tmp_path, drawn, kl_budget=BUDGET)).meter.config
+    assert (config.temperature, config.max_new_tokens) == (0.7, 21)
+
+
 def test_within_allows_for_the_standard_error() -> None:
     assert MeasuredKL(0.9, 0.05).within(1.0)
     assert not MeasuredKL(0.9, 0.06).within(1.0)

@@ -204,6 +204,37 @@ def test_other_rounds_in_the_same_folder_are_refused(finished: RunFolder) -> Non
         run(config, finished.path)
 
 
+@pytest.mark.parametrize(("was", "now"), [(1, 2), (2, 1)])
+def test_a_folder_keeps_its_number_of_rounds(
+    tiny_model: Path, prompts: Path, tmp_path: Path, was: int, now: int
+) -> None:
+    """Or new rounds would be trained and the old model be evaluated as theirs."""
+
+    def config(rounds: int) -> RunConfig:
+        return parse_config(settings(tiny_model, prompts, rounds=rounds, baselines={}))
+
+    folder = RunFolder(tmp_path / "out", config(was))
+    if was == 1:
+        pipeline.sample(folder)
+    else:
+        pipeline._run_rounds(folder)
+    with pytest.raises(BonbonError, match=f"rounds was {was} and is now {now}"):
+        run(config(now), folder.path)
+
+
+def test_other_training_settings_are_not_evaluated(finished: RunFolder) -> None:
+    train = finished.config.train.model_copy(update={"learning_rate": 0.5})
+    folder = RunFolder(finished.path, finished.config.model_copy(update={"train": train}))
+    with pytest.raises(BonbonError, match=r"learning_rate was 0\.001 and is now 0\.5"):
+        pipeline.evaluate(folder)
+
+
+def test_a_budget_for_all_rounds_is_not_one_for_each(tiny_model: Path, prompts: Path) -> None:
+    train = {"objective": "rank_regression", "n": 4, "kl_budget": 1.0}
+    with pytest.raises(BonbonError, match="for each of the rounds"):
+        parse_config(settings(tiny_model, prompts, train=train))
+
+
 @pytest.mark.parametrize("stage", ["sample", "score", "train"])
 def test_single_stages_are_refused(finished: RunFolder, stage: str) -> None:
     with pytest.raises(BonbonError, match="use `bonbon run`"):

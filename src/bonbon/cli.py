@@ -232,7 +232,7 @@ def _show(folder: RunFolder, results: Mapping[str, ModelEvaluation] | None) -> N
     places = {
         "model": folder.model(folder.config.model_name),
         **{f"baseline {name}": folder.model(name) for name in folder.config.baselines},
-        "groups": folder.groups,
+        **({"groups": folder.groups} if folder.config.rounds == 1 else {}),
         "figures": folder.evaluation / "evaluation.json",
         "plot": folder.evaluation / "win_rate_kl.png",
     }

@@ -5,6 +5,7 @@ Relative paths are taken from the current folder. Loads no torch.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -217,6 +218,11 @@ class RunConfig(_Settings):
             raise ValueError(
                 "rounds start from the last round's whole weights; set train.lora.merge to true"
             )
+        if self.rounds > 1 and self.train.kl_budget is not None:
+            raise ValueError(
+                "train.kl_budget would hold for each of the rounds and not for all of them; leave "
+                "it out, or set rounds to 1"
+            )
         if self.rounds > 1 and self.train.tilt == "optimal":
             raise ValueError(
                 "rounds compose for best-of-n (a best-of-a of a best-of-b) and not for the optimal "
@@ -231,8 +237,11 @@ class RunConfig(_Settings):
 
     @property
     def target_n(self) -> int:
-        """The n of the best-of-n that models are measured beside: train.n as a whole number."""
-        return round(self.train.n or self.sampling.n)
+        """The n of the best-of-n that models are measured beside: train.n, rounded up.
+
+        The evaluation draws as many of each prompt, and k more, from the base model.
+        """
+        return max(2, math.ceil(self.train.n or self.sampling.n))
 
     @property
     def model_name(self) -> str:

@@ -1,8 +1,9 @@
 """Keeping a trained policy within a budget of KL divergence from the base model, by measuring it.
 
 When training ends the policy draws completions for a few prompts and its KL from the base model is
-measured on them as the evaluation does it. If it exceeds the budget, the weights go back on the
-straight line to the base model's, to the farthest point that is within it. A finished training
+measured on them as the evaluation does it. If it exceeds the budget, the trained weights (of an
+adapter, its own) go back on the straight line to where they started, to the farthest point that is
+within it. A finished training
 taken back in this way wins more for its KL than one that is stopped early (docs/benchmarks.md), as
 an unfinished one still has its noise.
 """
@@ -10,6 +11,7 @@ an unfinished one still has its noise.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +30,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.config import SamplingConfig
+from bonbon.errors import BonbonError
 from bonbon.evaluation import completion_kls
 from bonbon.sampling import EncodedPrompt, TransformersSampler
 
@@ -101,8 +104,8 @@ def base_of(policy: PreTrainedModel | PeftModel) -> Any:
 class KLBudgetCallback(TrainerCallback):
     """At the end of training, takes the weights back until the measured KL is within `budget`.
 
-    `history` holds the measurements as (share of the way from the base model, KL); they are logged
-    as `kl` too, and the share that was kept as `kl_budget_share`.
+    `history` holds the measurements as (share of the way from the base model, KL); the trainer's
+    log history has them as `kl`, and the share that was kept as `kl_budget_share`.
     """
 
     def __init__(self, meter: KLMeter, budget: float, policy: nn.Module) -> None:
@@ -138,6 +141,8 @@ class KLBudgetCallback(TrainerCallback):
 
     def _measure(self, model: Any, share: float, state: TrainerState) -> MeasuredKL:
         kl = self.meter(model)
+        if not math.isfinite(kl.value):
+            raise BonbonError("the training diverged: its KL is not finite; lower learning_rate")
         self.history.append((share, kl))
         state.log_history.append(
             {"step": state.global_step, "kl": kl.value, "kl_standard_error": kl.standard_error}

@@ -36,7 +36,7 @@ def model_card(
         yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
         "---",
         "",
-        f"# {name}: {_code(config.model.name)} aligned towards best-of-{config.target_n}",
+        f"# {name}: {_code(config.model.name)} aligned with BoNBoN",
         "",
         f"Fine-tuned with BoNBoN's objective `{settings.objective}` on {sampling.n} scored "
         f"completions a prompt{' (a LoRA adapter)' if is_adapter else ''}.",
@@ -62,6 +62,12 @@ def model_card(
         f"{sampling.top_k or 'off'}, at most {sampling.max_new_tokens} tokens",
         f"- groups: {record['groups']}, of which {record['tied_groups_dropped']} were left out "
         "because all their rewards tied",
+        f"- aim: n = {record['n']:g}, tilt `{record.get('tilt')}`"
+        + (
+            f", in the last of {config.rounds} rounds"
+            if config.rounds > 1 and name == config.model_name
+            else ""
+        ),
         f"- training: {settings.optimizer}, learning rate {settings.learning_rate:g}, "
         f"{settings.epochs:g} epochs, {settings.batch_size} groups a batch, seed {settings.seed}",
     ]

@@ -129,7 +129,7 @@ def sample(folder: RunFolder) -> None:
 
 
 def _sample_settings(config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json", include={"model", "prompts", "sampling"})
+    values = config.model_dump(mode="json", include={"model", "prompts", "sampling", "rounds"})
     values["prompts"]["content"] = file_digest(config.prompts.path)
     if config.evaluation.prompts is None:
         values["evaluation"] = {"holdout": config.evaluation.holdout}
@@ -264,6 +264,7 @@ def _train_one(folder: RunFolder, name: str) -> None:
     record = {
         "objective": settings.objective,
         "n": trainer.n,
+        "tilt": trainer.tilt,
         "groups": len(groups),
         "held_out_groups": len(held_out or ()),
         "tied_groups_dropped": trainer.selection.tied,
@@ -422,8 +423,12 @@ def evaluate(folder: RunFolder) -> dict[str, ModelEvaluation]:
     config = folder.config
     for name in config.trainings:
         if not folder.model(name).exists():
-            raise BonbonError(f"{folder.model(name)} does not exist; run `bonbon train` first")
-        folder.compare(folder.training(name), _train_settings(config, name))
+            command = "train" if config.rounds == 1 else "run"
+            raise BonbonError(f"{folder.model(name)} does not exist; run `bonbon {command}` first")
+        if config.rounds == 1:
+            folder.compare(folder.training(name), _train_settings(config, name))
+    if config.rounds > 1:
+        folder.compare("rounds", _rounds_settings(config))
     folder.begin("evaluate", _evaluation_settings(config))
     training_rows, rows = load_prompts(config)
     names = [BASE, *config.trainings]
@@ -576,7 +581,7 @@ def run(folder: RunFolder) -> dict[str, ModelEvaluation]:
 def _run_rounds(folder: RunFolder) -> None:
     """Rounds of sample, score and train, each in a run folder `round-R/`; then the models."""
     config = folder.config
-    folder.begin("rounds", {"rounds": config.rounds} | _train_settings(config, config.model_name))
+    folder.begin("rounds", _rounds_settings(config))
     base: Path | str = config.model.name
     steps = []
     for number in range(1, config.rounds + 1):
@@ -589,6 +594,11 @@ def _run_rounds(folder: RunFolder) -> None:
         train(step)
     for name in config.trainings:
         _publish(steps[-1 if name == config.model_name else 0].model(name), folder.model(name))
+
+
+def _rounds_settings(config: RunConfig) -> dict[str, Any]:
+    trainings = {name: it.model_dump(mode="json") for name, it in config.trainings.items()}
+    return _score_settings(config) | {"trainings": trainings}
 
 
 def _publish(source: Path, target: Path) -> None:

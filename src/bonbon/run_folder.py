@@ -118,7 +118,7 @@ class RunFolder:
 
     def _differing(self, stage: str, wanted: Mapping[str, Any]) -> list[str]:
         differing: dict[str, str] = {}
-        for name in ("sample", "score", stage):
+        for name in ("sample", "score", "rounds", stage):
             note = self._notes / f"{name}.json"
             if not note.exists():
                 continue

@@ -9,6 +9,7 @@ The base model's log-probabilities are in the groups, so no reference model is h
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,10 @@ class BoNBoNConfig(TrainingArguments):
         default=5e-7, metadata={"help": "The paper's, for 2.8 B parameters; small models want more"}
     )
     max_grad_norm: float = field(default=10.0, metadata={"help": "The paper's clipping norm"})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={"help": "Off: processes may need different numbers of forward passes"},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Groups are not columns"})
     objective: str = field(
         default="rank_regression", metadata={"help": f"One of {', '.join(OBJECTIVES)}"}
@@ -210,6 +215,7 @@ class BoNBoNTrainer(Trainer):
         held_out = _select(eval_dataset, self.objective.select)
         self.drawn = _common_n(self.selection, held_out)
         self.n = target_n(args, self.drawn)
+        self.tilt = args.tilt or self.objective.tilt
         self._shares = supports_shared_prompt(model)
         if args.share_prompt and not self._shares:
             raise BonbonError(
@@ -218,7 +224,8 @@ class BoNBoNTrainer(Trainer):
             )
         if args.kl_budget is not None:
             chosen = held_out or self.selection
-            meter = self._kl_meter(model, processing_class, args, chosen)
+            drawn = getattr(train_dataset, "provenance", {}).get("sampling", {})
+            meter = self._kl_meter(model, processing_class, args, chosen, drawn)
             callbacks = [
                 *(callbacks or []),
                 KLBudgetCallback(meter, args.kl_budget, model),
@@ -234,13 +241,18 @@ class BoNBoNTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if args.kl_budget is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise BonbonError("kl_budget needs each process to hold whole weights; leave it out")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            if args.kl_budget is not None:
+                raise BonbonError(
+                    "kl_budget needs each process to hold whole weights; leave it out"
+                )
+            # Every forward pass gathers the weights, so all processes must do as many: one.
+            self.data_collator = GroupCollator(pad_id or 0, sys.maxsize)
         # The loss is a plain mean over groups, so gradient accumulation divides by its steps.
         self.model_accepts_loss_kwargs = False
         self._settings = ObjectiveSettings(
             n=self.drawn or 0,
-            tilt=TILTS[args.tilt or self.objective.tilt](self.n or 1),
+            tilt=TILTS[self.tilt](self.n or 1),
             alpha=args.alpha,
             beta=args.beta,
             delta=args.delta,
@@ -248,7 +260,12 @@ class BoNBoNTrainer(Trainer):
         self._metrics: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
 
     def _kl_meter(
-        self, model: Any, tokenizer: Tokenizer | None, args: BoNBoNConfig, chosen: Selection | None
+        self,
+        model: Any,
+        tokenizer: Tokenizer | None,
+        args: BoNBoNConfig,
+        chosen: Selection | None,
+        drawn: Mapping[str, Any],
     ) -> KLMeter:
         if tokenizer is None or chosen is None:
             raise BonbonError("kl_budget draws completions; give a processing_class and groups")
@@ -260,8 +277,10 @@ class BoNBoNTrainer(Trainer):
         ]
         config = SamplingConfig(
             n=args.kl_samples,
-            max_new_tokens=longest,
+            max_new_tokens=drawn.get("max_new_tokens", longest),
             temperature=self.temperature,
+            top_k=drawn.get("top_k", 0),
+            top_p=drawn.get("top_p", 1.0),
             seed=args.seed,
         )
         return KLMeter(base_of(model), tokenizer, prompts, config)
