@@ -30,7 +30,8 @@ def results_table(results: Mapping[str, ModelEvaluation]) -> Table:
         "tokens an answer",
     ]
     for name in names:
-        table.add_column(name, justify="left" if name == "model" else "right")
+        is_name = name == "model"
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for name, result in results.items():
         table.add_row(
             name,
