@@ -1,4 +1,4 @@
-"""The demo over several seeds: what BoNBoN recovers of best-of-8's gain, and at what KL efficiency.
+"""The demo over several seeds: what each model recovers of best-of-8's gain, and at what KL efficiency.
 
     python benchmarks/demo_seeds.py --out build/demo-seeds [--seeds 0 1 2]
 
@@ -38,13 +38,13 @@ def main() -> None:
     args = parser.parse_args()
     runs = [measured(args.out, seed) for seed in args.seeds]
     names = [*FIGURES, "gold"]
-    print(f"{'model':<12} {'seed':<6}" + "".join(f"{name:>15}" for name in names))
-    for model in ("best-of-8", "sft_bon", "bonbon"):
+    print(f"{'model':<16} {'seed':<6}" + "".join(f"{name:>15}" for name in names))
+    for model in ("best-of-8", "sft_bon", "bonbon", "rank_regression"):
         columns = [[run[model][name]["value"] for run in runs] for name in names]
         for row, seed in enumerate(args.seeds):
-            print(f"{model:<12} {seed:<6}" + "".join(f"{column[row]:15.3f}" for column in columns))
+            print(f"{model:<16} {seed:<6}" + "".join(f"{column[row]:15.3f}" for column in columns))
         means = "".join(f"{sum(column) / len(column):15.3f}" for column in columns)
-        print(f"{model:<12} {'mean':<6}" + means)
+        print(f"{model:<16} {'mean':<6}" + means)
 
 
 if __name__ == "__main__":
