@@ -1,4 +1,4 @@
-"""The demo over several seeds: what each model recovers of best-of-8's gain, and at what KL efficiency.
+"""The demo over several seeds: what each model recovers of best-of-8's gain, at what efficiency.
 
     python benchmarks/demo_seeds.py --out build/demo-seeds [--seeds 0 1 2]
 
