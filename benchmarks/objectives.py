@@ -22,6 +22,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from bonbon.config import SamplingConfig
 from bonbon.demo import PROMPTS, REWARD_MODEL, STORY_MODEL
-from bonbon.evaluation import best_of_n_win_rate, completion_kls, win_rate
+from bonbon.evaluation import best_of_n_win_rate, completion_kls, kl_efficiency, win_rate
 from bonbon.files import write_json, write_text
 from bonbon.groups import Group, read_groups, write_shard
 from bonbon.models import load_policy
@@ -47,6 +48,7 @@ DRAWN = 8  # m, completions a group
 LEARNING_RATES = (1e-4, 4e-5, 2.5e-4)  # the grid, in the order it is done
 SEEDS = (0, 1, 2)
 BATCH, K, LARGEST_N = 16, 8, 32
+DEVELOPMENT, TEST = 0, 1  # the first of every second held-out prompt
 
 
 # --- settings and methods -------------------------------------------------------------------------
@@ -389,8 +391,7 @@ class Point:
     @property
     def efficiency(self) -> float:
         """The least KL for this win rate over the measured KL."""
-        gains = self.win_rate > 0.5 and self.kl > 0
-        return float(optimal_kl(min(self.win_rate, 1 - 1e-6))) / self.kl if gains else 0.0
+        return float(kl_efficiency(self.win_rate, self.kl))
 
 
 @dataclass(frozen=True)
@@ -464,35 +465,46 @@ def load_curves(out: Path) -> list[Curve]:
     order = {method: i for i, method in enumerate((*CORE, *more, *FURTHER, *OTHER_N))}
     curves = []
     for (name, method), records in found.items():
-        base = list(read_groups(out / name / "evaluation"))
-        halves = (slice(0, None, 2), slice(1, None, 2))
+        folder = out / name / "evaluation"
         development, test = (
             {
                 (r["job"]["learning_rate"], r["job"]["seed"]): [
-                    _point(p, base, half, method.n) for p in r["points"]
+                    _point(p, base_half(folder, start, method.n), start) for p in r["points"]
                 ]
                 for r in records
             }
-            for half in halves
+            for start in (DEVELOPMENT, TEST)
         )
         curves.append(Curve(name, method, development, test))
     return sorted(curves, key=lambda c: (c.setting != "stories260K", order.get(c.method, 99)))
 
 
-def best_wins(base: Sequence[Group], n: int) -> np.ndarray:
-    """Best-of-n's win rate for each prompt, from its m + n draws."""
-    return np.array([best_of_n_win_rate(g.rewards or (), g.rewards or (), n) for g in base])
+@dataclass(frozen=True)
+class BaseHalf:
+    """Of every second held-out prompt: best-of-n's win rate, and the base's length in tokens."""
+
+    best_win_rate: float
+    length: float
 
 
-def _point(values: dict[str, Any], base: Sequence[Group], half: slice, n: int) -> Point:
-    win = float(np.mean(values["wins"][half]))
-    best = float(best_wins(base[half], n).mean())
-    lengths = np.mean([np.mean(group.lengths()) for group in base[half]])
+@lru_cache
+def base_half(folder: Path, start: int, n: int) -> BaseHalf:
+    """From the base's m + n draws a prompt in `folder`, for the prompts start, start + 2, …"""
+    groups = list(read_groups(folder))[start::2]
+    rewards = [group.rewards or () for group in groups]
+    return BaseHalf(
+        best_win_rate=float(np.mean([best_of_n_win_rate(r, r, n) for r in rewards])),
+        length=float(np.mean([np.mean(group.lengths()) for group in groups])),
+    )
+
+
+def _point(values: dict[str, Any], base: BaseHalf, start: int) -> Point:
+    win = float(np.mean(values["wins"][start::2]))
     return Point(
-        recovered=(win - 0.5) / (best - 0.5),
+        recovered=(win - 0.5) / (base.best_win_rate - 0.5),
         win_rate=win,
-        kl=float(np.mean(values["kls"][half])),
-        length_change=float(np.mean(values["lengths"][half]) - lengths),
+        kl=float(np.mean(values["kls"][start::2])),
+        length_change=float(np.mean(values["lengths"][start::2]) - base.length),
         distinct_2=values["distinct_2"],
         seconds=values["seconds"],
     )
@@ -562,7 +574,7 @@ def report(out: Path, document: Path) -> None:
     """Tables and plots of all that `run` has done so far, between the document's markers."""
     curves, lines = load_curves(out), list[str]()
     for name in dict.fromkeys(curve.setting for curve in curves):
-        setting, base = SETTINGS[name], list(read_groups(out / name / "evaluation"))
+        setting = SETTINGS[name]
         lines += [
             f"### {TITLES[name]}",
             "",
@@ -572,7 +584,7 @@ def report(out: Path, document: Path) -> None:
         ]
         for n in sorted({c.method.n for c in curves if c.setting == name}, key=lambda n: n != 8):
             chosen = [c for c in curves if c.setting == name and c.method.n == n]
-            best = float(best_wins(base[1::2], n).mean())
+            best = base_half(out / name / "evaluation", TEST, n).best_win_rate
             image = document.parent / f"benchmark-{name}-n{n}.png"
             plot(chosen, n, image)
             lines += [

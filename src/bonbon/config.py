@@ -214,25 +214,31 @@ class RunConfig(_Settings):
                 f"sampling.top_k and top_p cut the distribution that objective {cut[0]} compares "
                 "the policy with; leave them out, or train with sft_bon or weighted_sft alone"
             )
-        if self.rounds > 1 and self.train.lora is not None and not self.train.lora.merge:
-            raise ValueError(
-                "rounds start from the last round's whole weights; set train.lora.merge to true"
-            )
-        if self.rounds > 1 and self.train.kl_budget is not None:
-            raise ValueError(
-                "train.kl_budget would hold for each of the rounds and not for all of them; leave "
-                "it out, or set rounds to 1"
-            )
-        if self.rounds > 1 and self.train.tilt == "optimal":
-            raise ValueError(
-                "rounds compose for best-of-n (a best-of-a of a best-of-b) and not for the optimal "
-                "tilt; leave train.tilt out"
-            )
         taken = {"base", f"best-of-{self.target_n}", self.model_name}
         for name in self.baselines:
             # The evaluation keeps the draws of a model in a folder of that ending.
             if name in taken or name.endswith("-samples") or not _is_name(name):
                 raise ValueError(f"baselines: {name!r} {_BAD_NAME}")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_compose(self) -> Self:
+        if self.rounds == 1:
+            return self
+        if self.train.lora is not None and not self.train.lora.merge:
+            raise ValueError(
+                "rounds start from the last round's whole weights; set train.lora.merge to true"
+            )
+        if self.train.kl_budget is not None:
+            raise ValueError(
+                "train.kl_budget would hold for each of the rounds and not for all of them; leave "
+                "it out, or set rounds to 1"
+            )
+        if self.train.tilt == "optimal":
+            raise ValueError(
+                "rounds compose for best-of-n (a best-of-a of a best-of-b) and not for the optimal "
+                "tilt; leave train.tilt out"
+            )
         return self
 
     @property

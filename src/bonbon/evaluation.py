@@ -224,7 +224,7 @@ class Evaluator:
             win_rate=self._mean(wins),
             kl=Figure.exact(kl),
             recovered=Figure.exact(1.0),
-            kl_efficiency=self._figure(lambda win: _efficiency(win, kl), wins),
+            kl_efficiency=self._figure(lambda win: kl_efficiency(win, kl), wins),
             length=self._mean(chosen),
             length_change=self._mean(chosen - lengths),
             tokens_per_answer=self._mean(self.n * lengths),
@@ -265,7 +265,7 @@ class Evaluator:
             win_rate=self._mean(wins),
             kl=self._mean(kl),
             recovered=self._figure(_recovered, wins, best),
-            kl_efficiency=self._figure(_efficiency, wins, kl),
+            kl_efficiency=self._figure(kl_efficiency, wins, kl),
             length=self._mean(lengths),
             length_change=self._mean(lengths - self._lengths(self.base)),
             tokens_per_answer=self._mean(lengths),
@@ -334,7 +334,8 @@ def _recovered(win: ArrayLike, best: ArrayLike) -> Floats:
     return np.divide(np.asarray(win) - 0.5, gain, out=np.zeros_like(gain), where=gain > 0)
 
 
-def _efficiency(win: ArrayLike, kl: ArrayLike) -> Floats:
+def kl_efficiency(win: ArrayLike, kl: ArrayLike) -> Floats:
+    """The least KL for a win rate over the KL spent (nats), elementwise; 0 for half or less."""
     wins, kls = np.broadcast_arrays(np.asarray(win, np.float64), np.asarray(kl, np.float64))
     gains = (wins > 0.5) & (kls > 0)
     # At a win rate of 1 in a sample the least KL would be infinite; the sample cannot tell.

@@ -1,9 +1,10 @@
-"""Files that are either whole or absent, whenever the process dies."""
+"""Files and folders that are either whole or absent, whenever the process dies."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,12 +43,18 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
-    """fsync every file and folder below `folder`, before it is renamed into place."""
-    for parent, _, names in os.walk(folder):
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` for a folder; on success fsync it and rename it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    for parent, _, names in os.walk(temporary):
         for name in names:
             _fsync(Path(parent) / name)
         _fsync(Path(parent))
+    os.replace(temporary, path)
 
 
 def write_text(path: Path, text: str) -> None:

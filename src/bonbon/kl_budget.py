@@ -3,9 +3,8 @@
 When training ends the policy draws completions for a few prompts and its KL from the base model is
 measured on them as the evaluation does it. If it exceeds the budget, the trained weights (of an
 adapter, its own) go back on the straight line to where they started, to the farthest point that is
-within it. A finished training
-taken back in this way wins more for its KL than one that is stopped early (docs/benchmarks.md), as
-an unfinished one still has its noise.
+within it. A finished training taken back in this way wins more for its KL than one that is stopped
+early (docs/benchmarks.md), as an unfinished one still has its noise.
 """
 
 from __future__ import annotations

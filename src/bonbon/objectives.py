@@ -129,15 +129,11 @@ def rank_regression(
 ) -> torch.Tensor:
     """Mean over pairs of ((h_i − h_j) − (t_i − t_j))², with h = ln π − ln π0: every pair's own IPO.
 
-    The same as 2/(m−1)·Σ_i (h_i − h̄ − (t_i − t̄))², centred in the group. t is (m−1)/m times
-    `log_density_targets`. The factor is there because a draw is part of its own group's mean: with
-    quantile u it has E[h_i − h̄] = (1 − 1/m)(h(u) − E h), so with the targets themselves the
-    minimiser would overshoot by m/(m−1) (at n = m = 8 it would win 0.900 at 1.308 nats).
-    The minimiser wins exactly as often as the tilt, for any m ≥ 2 and any n, whole or not, with
-    unlimited data on continuous rewards.
+    The same as 2/(m−1)·Σ_i (h_i − h̄ − (t_i − t̄))², centred in the group, with the
+    `centred_targets` t. The minimiser wins exactly as often as the tilt, for any m ≥ 2 and any n,
+    whole or not, with unlimited data on continuous rewards.
     """
-    m = rewards.shape[1]
-    return pairwise_regression(logps - ref_logps, log_density_targets(rewards, tilt) * (m - 1) / m)
+    return pairwise_regression(logps - ref_logps, centred_targets(rewards, tilt))
 
 
 def rank_regression_pointwise(
@@ -163,11 +159,9 @@ def rank_regression_huber(
 
     2/(m−1)·Σ_i 2·huber_δ(h_i − h̄ − (t_i − t̄)), which is `rank_regression` as δ grows.
     """
-    m = rewards.shape[1]
-    targets = log_density_targets(rewards, tilt) * (m - 1) / m
-    residuals = _centred(logps - ref_logps) - _centred(targets)
+    residuals = _centred(logps - ref_logps - centred_targets(rewards, tilt))
     losses = F.huber_loss(residuals, torch.zeros_like(residuals), reduction="none", delta=delta)
-    return 4 * losses.sum(dim=1) / (m - 1)
+    return 4 * losses.sum(dim=1) / (rewards.shape[1] - 1)
 
 
 def weighted_sft(logps: torch.Tensor, rewards: torch.Tensor, tilt: Tilt) -> torch.Tensor:
@@ -220,6 +214,17 @@ def log_density_targets(rewards: torch.Tensor, tilt: Tilt) -> torch.Tensor:
     densities = _level_means((values - top.gather(1, level)).exp(), level)
     shared = (densities.log() + top).gather(1, level)
     return torch.zeros_like(shared).scatter(1, order, shared)
+
+
+def centred_targets(rewards: torch.Tensor, tilt: Tilt) -> torch.Tensor:
+    """(m−1)/m times `log_density_targets`, for regressions that are centred in the group.
+
+    A draw is part of its own group's mean: with quantile u it has
+    E[h_i − h̄] = (1 − 1/m)(h(u) − E h), so with the targets themselves the minimiser would overshoot
+    by m/(m−1) (at n = m = 8 it would win 0.900 at 1.308 nats).
+    """
+    m = rewards.shape[1]
+    return log_density_targets(rewards, tilt) * (m - 1) / m
 
 
 def tie_weights(rewards: torch.Tensor, tilt: Tilt) -> torch.Tensor:

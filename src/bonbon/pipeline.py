@@ -7,7 +7,6 @@ or evaluation is never made twice. `run` does them all.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ from bonbon.config import (
 )
 from bonbon.errors import BonbonError
 from bonbon.evaluation import Evaluator, ModelEvaluation, completion_kls
-from bonbon.files import read_json, sync_tree, write_json, write_text
+from bonbon.files import atomic_folder, read_json, write_json, write_text
 from bonbon.groups import (
     Group,
     Groups,
@@ -400,16 +399,13 @@ def _save_model(
     settings: TrainConfig,
 ) -> None:
     """Save the model folder whole or not at all, safetensors only."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if settings.lora is not None and settings.lora.merge:
         model = model.merge_and_unload()
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    write_json(temporary / "training_log.json", record)
-    sync_tree(temporary)
-    os.replace(temporary, target)
+    with atomic_folder(target) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / "training_log.json", record)
 
 
 # --- evaluate -------------------------------------------------------------------------------------
@@ -603,14 +599,9 @@ def _rounds_settings(config: RunConfig) -> dict[str, Any]:
 
 def _publish(source: Path, target: Path) -> None:
     """Put a round's model where a run's model lies, whole or not at all."""
-    if target.exists():
-        return
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, temporary)
-    sync_tree(temporary)
-    os.replace(temporary, target)
+    if not target.exists():
+        with atomic_folder(target) as temporary:
+            shutil.copytree(source, temporary)
 
 
 def _refuse_rounds(config: RunConfig) -> None:

@@ -96,8 +96,17 @@ def _ranks(i: ArrayLike, j: ArrayLike, m: int) -> tuple[Ranks, Ranks]:
     return low.astype(np.intp), high.astype(np.intp)
 
 
+class _ByRank:
+    """What every tilt has from its `rank_log_density`."""
+
+    def rank_log_ratio(self: Tilt, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
+        low, high = _ranks(i, j, m)
+        by_rank = self.rank_log_density(m)
+        return np.asarray(by_rank[low - 1] - by_rank[high - 1])
+
+
 @dataclass(frozen=True)
-class Identity:
+class Identity(_ByRank):
     """The base model itself: f(u) = 1."""
 
     def win_rate(self) -> float:
@@ -115,16 +124,12 @@ class Identity:
     def quantile(self, p: ArrayLike) -> Floats:
         return _unit(p, "p")
 
-    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
-        low, high = _ranks(i, j, m)
-        return np.zeros(np.broadcast(low, high).shape)
-
     def rank_log_density(self, m: int) -> Floats:
         return np.zeros(m)
 
 
 @dataclass(frozen=True)
-class BestOfN:
+class BestOfN(_ByRank):
     """The best of n draws: f(u) = n u^(n−1), for any real n ≥ 1."""
 
     n: float
@@ -155,21 +160,15 @@ class BestOfN:
     def quantile(self, p: ArrayLike) -> Floats:
         return np.asarray(_unit(p, "p") ** (1 / self.n))
 
-    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
-        """(n−1)(ψ(i) − ψ(j)), whatever m; i = m = n, j = 1 gives BoNBoN's (n−1)·H_{n−1}."""
-        low, high = _ranks(i, j, m)
-        # At whole numbers ψ(i) − ψ(j) is a difference of harmonic numbers.
-        harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, m))])
-        return np.asarray((self.n - 1) * (harmonic[low - 1] - harmonic[high - 1]))
-
     def rank_log_density(self, m: int) -> Floats:
-        """ln n + (n−1)(ψ(i) − ψ(m+1))."""
+        """ln n + (n−1)(ψ(i) − ψ(m+1)); ranks m = n and 1 differ by BoNBoN's (n−1)·H_{n−1}."""
+        # At whole numbers ψ(i) − ψ(m+1) is a difference of harmonic numbers.
         harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, m + 1))])
         return np.asarray(math.log(self.n) + (self.n - 1) * (harmonic[:-1] - harmonic[-1]))
 
 
 @dataclass(frozen=True)
-class WorstOfN:
+class WorstOfN(_ByRank):
     """The worst of n draws: f(u) = n (1−u)^(n−1), best-of-n seen from the other end."""
 
     n: float
@@ -193,10 +192,6 @@ class WorstOfN:
     def quantile(self, p: ArrayLike) -> Floats:
         return 1 - BestOfN(self.n).quantile(1 - _unit(p, "p"))
 
-    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
-        low, high = _ranks(i, j, m)
-        return BestOfN(self.n).rank_log_ratio(m + 1 - low, m + 1 - high, m)
-
     def rank_log_density(self, m: int) -> Floats:
         return BestOfN(self.n).rank_log_density(m)[::-1]
 
@@ -207,7 +202,7 @@ _SMALL_BETA = 0.05
 
 
 @dataclass(frozen=True)
-class ExponentialTilt:
+class ExponentialTilt(_ByRank):
     """The optimal tilt, f(u) = β e^(βu) / (e^β − 1): the largest win rate at its KL (Theorem 1).
 
     A negative β prefers low rewards; β = 0 is the base model.
@@ -259,11 +254,6 @@ class ExponentialTilt:
             with np.errstate(divide="ignore"):  # p = 0 with an underflown e^(−β)
                 u = 1 + np.log(p + (1 - p) * math.exp(-self.beta)) / self.beta
         return np.asarray(np.clip(u, 0, 1))
-
-    def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
-        """β (i − j)/(m + 1), since E[U_(i)] = i/(m + 1)."""
-        low, high = _ranks(i, j, m)
-        return np.asarray(self.beta * (low - high) / (m + 1))
 
     def rank_log_density(self, m: int) -> Floats:
         """ln f at E[U_(i)] = i/(m + 1), since ln f is linear in u."""

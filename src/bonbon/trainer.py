@@ -224,8 +224,9 @@ class BoNBoNTrainer(Trainer):
             )
         if args.kl_budget is not None:
             chosen = held_out or self.selection
-            drawn = getattr(train_dataset, "provenance", {}).get("sampling", {})
-            meter = self._kl_meter(model, processing_class, args, chosen, drawn)
+            meter = self._kl_meter(
+                model, processing_class, args, chosen, _drawn_with(train_dataset)
+            )
             callbacks = [
                 *(callbacks or []),
                 KLBudgetCallback(meter, args.kl_budget, model),
@@ -348,9 +349,15 @@ class BoNBoNTrainer(Trainer):
         super().log(logs, start_time)
 
 
+def _drawn_with(dataset: Any) -> Mapping[str, Any]:
+    """The sampling settings that groups were drawn with; empty where they do not say."""
+    settings: Mapping[str, Any] = getattr(dataset, "provenance", {}).get("sampling", {})
+    return settings
+
+
 def _temperature(args: BoNBoNConfig, dataset: Any) -> float:
     """The temperature of the groups' log-probabilities, which the policy's must share."""
-    drawn = getattr(dataset, "provenance", {}).get("sampling", {})
+    drawn = _drawn_with(dataset)
     if (drawn.get("top_k", 0) or drawn.get("top_p", 1) < 1) and OBJECTIVES[args.objective].compares:
         raise BonbonError(
             "the groups were drawn with top-k or top-p, so their log-probabilities are those of a "
