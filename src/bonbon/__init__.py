@@ -6,8 +6,9 @@ transformers.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bonbon.lazy import lazy_names
 
 __version__ = "0.1.0"
 
@@ -50,9 +51,4 @@ _HOMES = {
     "read_groups": "groups",
 }
 __all__ = ["__version__", *_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'bonbon' has no attribute {name!r}")
-    return getattr(import_module(f"bonbon.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

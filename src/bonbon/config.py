@@ -164,6 +164,43 @@ class TrainConfig(_Settings):
         return self
 
 
+class JudgeConfig(_Settings):
+    """A judge model behind an OpenAI-compatible endpoint."""
+
+    model: str = Field(description="the name that the endpoint knows it by")
+    base_url: str = Field("http://127.0.0.1:8000/v1", description="up to /chat/completions")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="the environment variable that holds the key, if one is set"
+    )
+    pairs: int = Field(1, ge=1, description="pairs a prompt, each judged in both orders")
+    criteria: str = Field(
+        "Which answer is more helpful, accurate and better written?",
+        description="what the judge is asked to decide by",
+    )
+    max_tokens: int = Field(512, ge=1, description="of the judge's reply")
+    timeout: float = Field(60.0, gt=0, description="seconds that a request may take")
+    retries: int = Field(10, ge=0, description="of a request, with growing pauses up to a minute")
+    concurrency: int = Field(8, ge=1, description="requests at a time")
+
+
+class TextsConfig(_Settings):
+    """A file of texts, each in a row: JSONL, CSV, Parquet or text."""
+
+    path: Path
+    column: str = "text"
+    limit: int | None = Field(None, ge=1)
+
+
+class LMEvalConfig(_Settings):
+    """Tasks of lm-evaluation-harness, run on the base model and on every trained one."""
+
+    tasks: list[str] = Field(min_length=1)
+    include_path: Path | None = Field(None, description="a folder with tasks of your own")
+    num_fewshot: int | None = Field(None, ge=0, description="None: as each task says")
+    limit: int | None = Field(None, ge=1, description="examples a task; for trials only")
+    batch_size: int = Field(8, ge=1)
+
+
 class EvaluationConfig(_Settings):
     """Measuring on held-out prompts."""
 
@@ -174,14 +211,26 @@ class EvaluationConfig(_Settings):
     rewards: dict[str, RewardConfig] = Field(
         default_factory=dict, description="further rewards, never trained on (a gold reward)"
     )
+    metrics: dict[str, str] = Field(
+        default_factory=dict, description="off-target metrics, each a package.module:function"
+    )
+    human_text: TextsConfig | None = Field(
+        None, description="texts by people, whose perplexity shows what was forgotten"
+    )
+    judge: JudgeConfig | None = None
+    lm_eval: LMEvalConfig | None = None
     max_batch_tokens: int | None = Field(None, ge=1, description="of the KL; None: by the device")
     bootstrap: int = Field(2000, ge=100, description="resamples for the 95% intervals")
 
     @model_validator(mode="after")
-    def _reward_names(self) -> Self:
-        for name in self.rewards:
-            if name == "kl" or not _is_name(name):  # `kl` is the metric of the measured KL
-                raise ValueError(f"rewards: {name!r} {_BAD_NAME}")
+    def _column_names(self) -> Self:
+        for key, names in (("rewards", self.rewards), ("metrics", self.metrics)):
+            for name in names:
+                if name.startswith("kl") or not _is_name(name):  # our own columns of the KL
+                    raise ValueError(f"{key}: {name!r} {_BAD_NAME}")
+        both = sorted(self.rewards.keys() & self.metrics.keys())
+        if both:
+            raise ValueError(f"{both[0]!r} is both in rewards and in metrics; rename one")
         return self
 
 

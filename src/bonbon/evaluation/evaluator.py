@@ -1,8 +1,4 @@
-"""Measuring a policy against the base model and against best-of-n itself.
-
-Everything is computed per prompt first; a figure is the mean over prompts and its 95% interval
-comes from a bootstrap over prompts, since completions of one prompt are not independent.
-"""
+"""Measuring policies against the base model and against best-of-n itself."""
 
 from __future__ import annotations
 
@@ -11,163 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
-from transformers import PreTrainedModel
+from numpy.typing import ArrayLike
 
-from bonbon.batching import pad_rows, token_batches
+from bonbon.evaluation.figures import Figure, Floats, bootstrap
+from bonbon.evaluation.win_rates import best_of_n_win_rate, win_rate
 from bonbon.groups import Group
-from bonbon.logprobs import full_precision, last_logits
-from bonbon.models import forward_batch_tokens
 from bonbon.tilt import BestOfN, best_of_n_rank_weights, optimal_kl
-
-Floats = NDArray[np.float64]
-
-# At most this many logits of one model are held at once while KLs are computed (1 GiB in float32).
-_LOGITS = 2**28
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @classmethod
-    def exact(cls, value: float) -> Figure:
-        """A figure known without sampling error."""
-        return cls(value, value, value)
-
-
-def bootstrap(
-    per_prompt: Sequence[Floats],
-    statistic: Callable[..., ArrayLike],
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Figure:
-    """A statistic of means over prompts, with its percentile-bootstrap 95% interval over prompts.
-
-    Args:
-        per_prompt: arrays of shape (prompts,), resampled together.
-        statistic: maps the arrays' means, each a scalar or of shape (resamples,), to values.
-    """
-    columns = np.stack([np.asarray(values, dtype=np.float64) for values in per_prompt])
-    value = float(np.asarray(statistic(*columns.mean(axis=1))))
-    generator = np.random.default_rng(seed)
-    prompts = columns.shape[1]
-    means = np.empty((len(columns), resamples))
-    for b in range(resamples):
-        means[:, b] = columns[:, generator.integers(0, prompts, prompts)].mean(axis=1)
-    low, high = np.percentile(np.asarray(statistic(*means)), [2.5, 97.5])
-    return Figure(value, float(low), float(high))
-
-
-# --- win rates ------------------------------------------------------------------------------------
-
-
-def win_rate(rewards: ArrayLike, base_rewards: ArrayLike) -> float:
-    """P(reward > base reward) over all pairs of one prompt's completions, a tie counting half."""
-    ours, base = np.asarray(rewards, dtype=np.float64), np.asarray(base_rewards, dtype=np.float64)
-    difference = ours[:, None] - base[None, :]
-    return float(np.mean((difference > 0) + 0.5 * (difference == 0)))
-
-
-def best_of_n_win_rate(selected_by: ArrayLike, judged_by: ArrayLike, n: int) -> float:
-    """Win rate of best-of-n against one more draw, from m > n base completions of one prompt.
-
-    The unbiased combinatorial estimator: the mean, over every opponent j and every n-subset of the
-    other completions, of the win of the subset's best. Ties for the best share the choice evenly.
-
-    Args:
-        selected_by: the rewards that best-of-n chooses by, shape (m,).
-        judged_by: the rewards that decide the win, shape (m,); often the same.
-        n: the number of draws. Raises ValueError unless n < m.
-    """
-    chooser, judge = np.asarray(selected_by, np.float64), np.asarray(judged_by, np.float64)
-    m = len(chooser)
-    if not 1 <= n < m:
-        raise ValueError(f"best-of-{n} against a further draw needs more than {n} draws, got {m}")
-    by_rank = best_of_n_rank_weights(m - 1, n)
-    wins = np.empty(m)
-    for j in range(m):
-        others = np.delete(np.arange(m), j)
-        # np.unique's inverse gives the tie group of each completion in ascending order, and equal
-        # rewards share the weight of the ranks that they take up.
-        _, tie_group = np.unique(chooser[others], return_inverse=True)
-        sizes = np.bincount(tie_group)
-        ends = np.cumsum(sizes)
-        cumulative = np.concatenate([[0.0], np.cumsum(by_rank)])
-        weights = ((cumulative[ends] - cumulative[ends - sizes]) / sizes)[tie_group]
-        difference = judge[others] - judge[j]
-        wins[j] = np.sum(weights * ((difference > 0) + 0.5 * (difference == 0)))
-    return float(wins.mean())
-
-
-# --- KL -------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def completion_kls(
-    policy: PreTrainedModel,
-    base: PreTrainedModel,
-    groups: Sequence[Group],
-    *,
-    temperature: float = 1.0,
-    max_batch_tokens: int | None = None,
-) -> list[tuple[float, ...]]:
-    """Σ_t KL(π(· | x, y_<t) ‖ π0(· | x, y_<t)) along each of the policy's completions, in nats.
-
-    The mean over completions drawn from the policy is an unbiased, Rao-Blackwellised estimate of
-    KL(π ‖ π0): the exact KL over the vocabulary at every drawn prefix, a drawn end token's step
-    included. It cannot be negative.
-    """
-    rows = [
-        (index, k, group.prompt_token_ids, ids)
-        for index, group in enumerate(groups)
-        for k, ids in enumerate(group.token_ids)
-    ]
-    kls = [[0.0] * group.n for group in groups]
-    lengths = [len(prompt) + len(ids) for _, _, prompt, ids in rows]
-    # Both models' logits over the whole vocabulary are held at once.
-    max_tokens = min(
-        forward_batch_tokens(max_batch_tokens, policy.device),
-        _LOGITS // policy.config.get_text_config().vocab_size,
-    )
-    for batch in token_batches(rows, lengths, max_tokens):
-        chosen = [rows[index] for index in batch]
-        for (index, k, _, _), kl in zip(
-            chosen, _row_kls(policy, base, chosen, temperature), strict=True
-        ):
-            kls[index][k] = kl
-    return [tuple(values) for values in kls]
-
-
-def _row_kls(
-    policy: PreTrainedModel, base: PreTrainedModel, rows: Sequence[Any], temperature: float
-) -> list[float]:
-    padded = pad_rows([row[2] for row in rows], [row[3] for row in rows], 0)
-    width = padded.completion_mask.shape[1]
-    log_probs = []
-    for model in (policy, base):
-        logits = last_logits(
-            model,
-            width + 1,
-            input_ids=padded.input_ids.to(model.device),
-            attention_mask=padded.attention_mask.to(model.device),
-            position_ids=padded.position_ids.to(model.device),
-            use_cache=False,
-        )[:, :-1]
-        log_probs.append((full_precision(logits) / temperature).log_softmax(dim=-1))
-    ours, theirs = log_probs[0], log_probs[1].to(log_probs[0].device)
-    # A token that the policy cannot draw adds nothing, whatever its log-ratio.
-    terms = torch.where(ours > -torch.inf, ours.exp() * (ours - theirs), 0.0)
-    steps = terms.sum(dim=-1).double().clamp(min=0).cpu()  # the last bits may fall below 0
-    return [float(kl) for kl in (steps * padded.completion_mask).sum(dim=-1)]
-
-
-# --- the evaluation of one model ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
