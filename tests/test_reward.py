@@ -13,8 +13,8 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from bonbon.errors import BonbonError
-from bonbon.groups import Prompt
-from bonbon.reward import FunctionReward, RewardModel, WeightedSum, as_text, score_groups
+from bonbon.groups import Prompt, as_text
+from bonbon.reward import FunctionReward, RewardModel, WeightedSum, score_groups
 from conftest import CONTEXT, MakeGroup, build_tiny_reward_model, byte_tokenizer
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"

@@ -5,6 +5,7 @@ Relative paths are taken from the current folder. Loads no torch.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,11 @@ _BAD_NAME = "is taken or not made of letters, digits, '-' and '_'"
 
 def _is_name(text: str) -> bool:
     return text.replace("-", "").replace("_", "").isalnum()
+
+
+def is_policy_name(text: str) -> bool:
+    """Whether the evaluation can call a policy so: it keeps what it draws in folders of endings."""
+    return _is_name(text) and not text.endswith(("-samples", "-forward"))
 
 
 class _Settings(BaseModel):
@@ -178,9 +184,30 @@ class JudgeConfig(_Settings):
         description="what the judge is asked to decide by",
     )
     max_tokens: int = Field(512, ge=1, description="of the judge's reply")
+    extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="more fields of the request; null leaves one out, as in "
+        "{max_tokens: null, max_completion_tokens: 2000}",
+    )
     timeout: float = Field(60.0, gt=0, description="seconds that a request may take")
     retries: int = Field(10, ge=0, description="of a request, with growing pauses up to a minute")
     concurrency: int = Field(8, ge=1, description="requests at a time")
+
+    @model_validator(mode="after")
+    def _extra_can_be_sent(self) -> Self:
+        for name in sorted(self.extra.keys() & {"messages", "model", "stream"}):
+            raise ValueError(
+                f"extra: {name!r} cannot be set there; `model` names the model, and `criteria` is "
+                "what you can say in the message"
+            )
+        try:
+            json.dumps(self.extra, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"extra cannot be written as JSON ({error}); use texts, finite numbers, true, "
+                "false, null, and lists and mappings of them"
+            ) from error
+        return self
 
 
 class TextsConfig(_Settings):
@@ -265,8 +292,7 @@ class RunConfig(_Settings):
             )
         taken = {"base", f"best-of-{self.target_n}", self.model_name}
         for name in self.baselines:
-            # The evaluation keeps the draws of a model in a folder of that ending.
-            if name in taken or name.endswith("-samples") or not _is_name(name):
+            if name in taken or not is_policy_name(name):
                 raise ValueError(f"baselines: {name!r} {_BAD_NAME}")
         return self
 

@@ -40,6 +40,15 @@ Message = dict[str, str]
 Prompt = str | list[Message]
 
 
+def as_text(prompt: Prompt) -> str:
+    """A prompt as one text: that of its only message, or line by line as `role: content`."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 @dataclass(frozen=True)
 class Group:
     """One prompt and its n completions; all per-completion tuples have length n.
@@ -80,6 +89,19 @@ class Group:
     def lengths(self) -> tuple[int, ...]:
         """Each completion's length in tokens, a drawn end token included."""
         return tuple(len(ids) for ids in self.token_ids)
+
+    def part(self, start: int, stop: int) -> Group:
+        """The group of the completions start..stop−1."""
+        kept = slice(start, stop)
+        return replace(
+            self,
+            completions=self.completions[kept],
+            token_ids=self.token_ids[kept],
+            logprobs=self.logprobs[kept],
+            finish_reasons=self.finish_reasons[kept],
+            rewards=None if self.rewards is None else self.rewards[kept],
+            metrics={name: values[kept] for name, values in self.metrics.items()},
+        )
 
     def with_rewards(self, rewards: Iterable[float]) -> Group:
         """The same group, scored."""
@@ -179,13 +201,26 @@ def read_shard(path: Path) -> Groups:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise BonbonError(f"cannot read {path} as Parquet: {error}") from error
-    record = json.loads((table.schema.metadata or {}).get(_METADATA_KEY, b"{}"))
+    provenance = _provenance(path, table.schema.metadata)
+    return Groups([Group.from_row(row) for row in table.to_pylist()], provenance)
+
+
+def shard_provenance(path: Path) -> dict[str, Any]:
+    """A shard's provenance, without reading its groups. Raises BonbonError as `read_shard` does."""
+    try:
+        return _provenance(path, pq.read_schema(path).metadata)
+    except (OSError, pa.ArrowException) as error:
+        raise BonbonError(f"cannot read {path} as Parquet: {error}") from error
+
+
+def _provenance(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
+    record = json.loads((metadata or {}).get(_METADATA_KEY, b"{}"))
     if record.get("schema_version") != SCHEMA_VERSION:
         raise BonbonError(
             f"{path} holds no groups of schema version {SCHEMA_VERSION} "
             f"(found {record.get('schema_version')}); make it again with `bonbon sample`"
         )
-    return Groups([Group.from_row(row) for row in table.to_pylist()], record["provenance"])
+    return dict(record["provenance"])
 
 
 def shard_rows(path: Path) -> int:

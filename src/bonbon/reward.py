@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.batching import kept_when_cut, token_batches
 from bonbon.errors import BonbonError
-from bonbon.groups import Group, Message, Prompt
+from bonbon.groups import Group, Prompt, as_text
 from bonbon.logprobs import forward_parameters
 from bonbon.models import (
     apply_chat_template,
@@ -172,19 +172,6 @@ class RewardModel:
         padded = self.tokenizer.pad(rows, padding_side="right", return_tensors="pt")
         logits = self.model(**padded.to(self.model.device)).logits
         return np.asarray(logits.squeeze(-1).double().cpu())
-
-
-def as_text(prompt: Prompt) -> str:
-    """A prompt as one text, for models that read pairs of texts."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n".join(_line(message) for message in prompt)
-
-
-def _line(message: Message) -> str:
-    return f"{message['role']}: {message['content']}"
 
 
 @dataclass(frozen=True)

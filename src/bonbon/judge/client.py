@@ -1,0 +1,116 @@
+"""Asking a judge many questions at a time: workers, tries and the pauses between them."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from bonbon.judge.endpoint import Judge, NoReplyError, ask, redacted
+from bonbon.judge.questions import Question, parse_verdict, request_of
+from bonbon.judge.store import Judgement
+
+# Seconds.
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 60.0
+_GRACE = 2.0  # for the requests under way when a run is stopped
+
+_Todo = SimpleQueue[tuple[str, Question] | None]
+_Outcomes = SimpleQueue[Judgement | Exception]
+
+
+def ask_all(
+    judge: Judge,
+    questions: Mapping[str, Question],
+    keep: Callable[[Judgement], None],
+    report: Callable[[int], Any],
+) -> None:
+    """Ask everything; `keep` gets each judgement as it arrives. Raises what a worker raises.
+
+    A worker gets its next question once its last judgement is kept, so that a killed process loses
+    at most one judgement a worker. Workers are daemons: one that waits for a server that hangs must
+    not keep a stopped process alive.
+    """
+    todo: _Todo = SimpleQueue()
+    outcomes: _Outcomes = SimpleQueue()
+    upcoming = iter(questions.items())
+    workers = [
+        threading.Thread(target=_work, args=(judge, todo, outcomes), daemon=True)
+        for _ in range(min(judge.config.concurrency, len(questions)))
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+            todo.put(next(upcoming))
+        for _ in questions:
+            outcome = outcomes.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            keep(outcome)
+            report(1)
+            todo.put(next(upcoming, None))
+    finally:
+        judge.stop.set()
+        _wind_up(workers, todo, outcomes, keep)
+
+
+def _work(judge: Judge, todo: _Todo, outcomes: _Outcomes) -> None:
+    while (item := todo.get()) is not None and not judge.stop.is_set():
+        try:
+            outcomes.put(_judge_one(judge, *item))
+        except Exception as error:  # raised again by the thread that reads the outcomes
+            outcomes.put(error)
+
+
+def _wind_up(
+    workers: Sequence[threading.Thread],
+    todo: _Todo,
+    outcomes: _Outcomes,
+    keep: Callable[[Judgement], None],
+) -> None:
+    """Let the workers end, and keep what still arrives in a moment: it is paid for."""
+    for _ in workers:
+        todo.put(None)
+    deadline = time.monotonic() + _GRACE
+    for worker in workers:
+        if worker.ident is not None:  # it was started
+            worker.join(max(0.0, deadline - time.monotonic()))
+    while not outcomes.empty():
+        outcome = outcomes.get()
+        if isinstance(outcome, Judgement):
+            keep(outcome)
+
+
+def _judge_one(judge: Judge, key: str, question: Question) -> Judgement:
+    """Ask until there is a verdict or the retries are used up."""
+    comparison = question.comparison
+    request = json.dumps(request_of(judge.config, question), ensure_ascii=False)
+    body = request.encode(errors="replace")  # servers refuse lone surrogates, escaped or not
+    attempt = 0
+    while True:
+        is_last = attempt == judge.config.retries
+        try:
+            reply, is_whole = ask(judge, body, comparison.prompt_id)
+            verdict = parse_verdict(reply) if is_whole else None
+            if verdict is not None or is_last:
+                reply = redacted(judge, reply)
+                where = (comparison.prompt_id, comparison.draw, question.swapped)
+                return Judgement(key, *where, verdict, reply)
+            pause = _pause(0)
+        except NoReplyError as error:
+            if is_last:
+                raise
+            pause = max(_pause(attempt), error.retry_after)
+        if judge.stop.wait(pause):
+            raise NoReplyError("stopped")
+        attempt += 1
+
+
+def _pause(attempt: int) -> float:
+    """Seconds; spread, so that workers that failed together do not come back together."""
+    doubled = _FIRST_PAUSE * 2.0 ** min(attempt, 30)
+    return min(doubled, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
