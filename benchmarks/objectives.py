@@ -331,7 +331,7 @@ class Bench:
         pairs = list(zip(rewards, self.evaluation, strict=True))
         return {
             "wins": [win_rate(ours, base.rewards or ()) for ours, base in pairs],
-            "kls": [float(np.mean(kl)) for kl in kls],
+            "kls": [float(np.mean(kl.rao_blackwellised)) for kl in kls],
             "lengths": [float(np.mean(group.lengths())) for group in groups],
             "distinct_2": distinct_2(groups),
         }

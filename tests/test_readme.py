@@ -16,8 +16,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_the_configuration_is_one() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    config = parse_config(yaml.safe_load(block))
+    whole, evaluation = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    config = parse_config(yaml.safe_load(whole) | yaml.safe_load(evaluation))
+    assert config.evaluation.judge is not None
     assert config.train.objective == "rank_regression"
 
 

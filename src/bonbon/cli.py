@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from bonbon.errors import BonbonError
 
 if TYPE_CHECKING:
     from bonbon.config import RunConfig
-    from bonbon.evaluation import ModelEvaluation
+    from bonbon.evaluation.results import Evaluation
     from bonbon.run_folder import RunFolder
 
 app = typer.Typer(
@@ -113,6 +114,44 @@ _add_stage(
 
 
 @app.command()
+def compare(
+    policies: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="POLICY...",
+            help="[NAME=]MODEL[@DECODING]: a model, an adapter, a run's folder or `base`; DECODING "
+            "is best-of-N, temperature=T, top_p=P, top_k=K.",
+        ),
+    ],
+    out: Out,
+    config: Annotated[
+        Path | None, typer.Option(help="Prompts, reward, base model; else a run's own.")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Measure models, adapters and ways of decoding side by side, into OUT/evaluation."""
+    with _reported():
+        from bonbon.compare import comparison_config, parse_policy
+
+        specs = [parse_policy(text) for text in policies]
+        settings = comparison_config(specs, config, set_ or [])
+        _show(*_in_folder(settings, out, "bonbon.compare", "compare", specs))
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The folder of a run or a comparison.")
+    ],
+) -> None:
+    """Write DIR/report.html (one file, to look at and to share), report.md and plots."""
+    with _reported():
+        from bonbon.report import write_report
+
+        print(write_report(folder))
+
+
+@app.command()
 def frontier(
     n: Annotated[str, typer.Option("--n", help="Comma-separated, each a real >= 1.")] = "2,4,8",
     plot: Annotated[
@@ -150,8 +189,7 @@ def demo(
         from bonbon.demo import demo_config, side_by_side
 
         folder, results = _stage(demo_config(short=short, seed=seed), out, "run")
-        _show(folder, results)
-        print(side_by_side(folder))
+        _show(folder, results, side_by_side(folder))
 
 
 def main() -> None:
@@ -175,19 +213,22 @@ def _settings(
     return load_config(path, changes)
 
 
-def _stage(
-    settings: RunConfig, out: Path, name: str
-) -> tuple[RunFolder, Mapping[str, ModelEvaluation] | None]:
+def _stage(settings: RunConfig, out: Path, name: str) -> tuple[RunFolder, Evaluation | None]:
     """Do one stage (or `run`) in the run's folder."""
+    return _in_folder(settings, out, "bonbon.pipeline", name)
+
+
+def _in_folder(
+    settings: RunConfig, out: Path, module: str, name: str, *arguments: Any
+) -> tuple[RunFolder, Evaluation | None]:
+    """Call `module.name(folder, …)` while the folder is held."""
     from bonbon.run_folder import RunFolder
 
     folder = RunFolder(out, settings)
     with folder.locked():
         _quiet_libraries()
-        from bonbon import pipeline
-
-        stage: Callable[[RunFolder], Any] = getattr(pipeline, name)
-        return folder, stage(folder)
+        function: Callable[..., Any] = getattr(import_module(module), name)
+        return folder, function(folder, *arguments)
 
 
 def _quiet_libraries() -> None:
@@ -220,22 +261,29 @@ def _print_rows(rows: list[dict[str, float | None]]) -> None:
     Console().print(table)
 
 
-def _show(folder: RunFolder, results: Mapping[str, ModelEvaluation] | None) -> None:
-    """The summary at the end of a run: the table, and where everything is."""
+def _show(folder: RunFolder, results: Evaluation | None, more: str = "") -> None:
+    """The summary at the end of a run: the table, `more`, and where everything is, report last."""
     from rich.console import Console
 
+    from bonbon.report import write_report
     from bonbon.summary import results_table
 
     assert results is not None
     console = Console(width=None if sys.stdout.isatty() else 132)
-    console.print(results_table(results))
-    places = {
-        "model": folder.model(folder.config.model_name),
-        **{f"baseline {name}": folder.model(name) for name in folder.config.baselines},
-        **({"groups": folder.groups} if folder.config.rounds == 1 else {}),
-        "figures": folder.evaluation / "evaluation.json",
-        "plot": folder.evaluation / "win_rate_kl.png",
+    console.print(results_table(results.models))
+    config = folder.config
+    models = {"model": folder.model(config.model_name)} | {
+        f"baseline {name}": folder.model(name) for name in config.baselines
     }
+    places = {
+        **models,
+        "groups": folder.groups,
+        "figures": folder.evaluation / "evaluation.json",
+        "report": write_report(folder.path),
+    }
+    places = {name: path for name, path in places.items() if path.exists()}
+    if more:
+        print(f"{more}\n")
     width = max(map(len, places))
     for name, path in places.items():
         print(f"{name:<{width}}  {path}")

@@ -71,10 +71,11 @@ class KLMeter:
         try:
             sampler = TransformersSampler(policy, self.processing_class, self.config, "kl-budget")
             groups = sampler.sample(self.prompts)
-            kls = completion_kls(policy, self.base, groups, temperature=self.config.temperature)
+            sampling = SamplingConfig(temperature=self.config.temperature)
+            kls = completion_kls(policy, self.base, groups, sampling=sampling)
         finally:
             policy.train(was_training)
-        means = np.array([np.mean(values) for values in kls])
+        means = np.array([np.mean(kl.rao_blackwellised) for kl in kls])
         error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0
         return MeasuredKL(float(means.mean()), float(error))
 

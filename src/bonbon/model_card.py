@@ -11,7 +11,8 @@ import yaml
 from bonbon.config import RewardConfig, RunConfig
 
 if TYPE_CHECKING:
-    from bonbon.evaluation import Figure, ModelEvaluation
+    from bonbon.evaluation.figures import Figure
+    from bonbon.evaluation.results import ModelEvaluation
 
 
 def model_card(
@@ -77,6 +78,11 @@ def model_card(
 def _figures(model: ModelEvaluation, best: ModelEvaluation) -> list[str]:
     rows = [
         ("win rate against the base model", model.win_rate, best.win_rate),
+        (
+            "length-controlled win rate",
+            model.length_controlled_win_rate,
+            best.length_controlled_win_rate,
+        ),
         *(
             (f"win rate by {key}", figure, best.win_rate_by[key])
             for key, figure in model.win_rate_by.items()

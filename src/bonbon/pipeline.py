@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
     TrainerControl,
@@ -25,90 +23,29 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.config import (
-    PromptsConfig,
-    RewardConfig,
-    RunConfig,
-    SamplingConfig,
-    TrainConfig,
-    round_config,
-)
+from bonbon.config import ModelConfig, RunConfig, TrainConfig, round_config
 from bonbon.errors import BonbonError
-from bonbon.evaluation import Evaluator, ModelEvaluation, completion_kls
+from bonbon.evaluation.measuring import BASE, Policy
+from bonbon.evaluation.results import Evaluation
+from bonbon.evaluation.stage import evaluate_policies, write_evaluation
 from bonbon.files import atomic_folder, read_json, write_json, write_text
-from bonbon.groups import (
-    Group,
-    Groups,
-    read_groups,
-    read_shard,
-    shard_indices,
-    shard_path,
-    shard_paths,
-    shard_rows,
-    write_shard,
-)
+from bonbon.groups import Group, Groups, read_groups, shard_paths
 from bonbon.model_card import model_card
 from bonbon.models import load_policy
 from bonbon.progress import progress_bar
-from bonbon.prompts import PromptRow, hold_out, read_prompts
-from bonbon.reward import FunctionReward, Reward, RewardModel, WeightedSum, score_groups
+from bonbon.prompts import hold_out
+from bonbon.reward import score_groups
 from bonbon.run_folder import RunFolder, file_digest
-from bonbon.sampling import EncodedPrompt, TransformersSampler
+from bonbon.sampling import TransformersSampler
+from bonbon.stages import (
+    build_reward,
+    described,
+    load_model,
+    load_prompts,
+    sample_shards,
+    transform_shards,
+)
 from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer, target_n
-
-BASE = "base"
-
-
-# --- what the configuration names -----------------------------------------------------------------
-
-
-def build_reward(config: RewardConfig) -> Reward:
-    """The reward that a configuration describes. Raises BonbonError when it cannot be loaded."""
-    if config.sum:
-        return WeightedSum(tuple((part.weight, build_reward(part)) for part in config.sum))
-    if config.function:
-        return FunctionReward.from_name(config.function)
-    assert config.model is not None
-    return RewardModel.from_pretrained(
-        config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        max_batch_tokens=config.max_batch_tokens,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
-def load_prompts(config: RunConfig) -> tuple[list[PromptRow], list[PromptRow]]:
-    """The prompts to train on and those to evaluate on."""
-    training = _read(config.prompts)
-    if config.evaluation.prompts is not None:
-        return training, _read(config.evaluation.prompts)
-    kept, held = hold_out(training, config.evaluation.holdout)
-    if not kept or not held:
-        raise BonbonError(
-            f"{config.prompts.path}: {len(training)} prompts are too few to hold out "
-            f"{config.evaluation.holdout:.0%} for the evaluation; set evaluation.prompts"
-        )
-    return kept, held
-
-
-def _read(prompts: PromptsConfig) -> list[PromptRow]:
-    return read_prompts(
-        prompts.path, prompts.column, prompts.id_column, prompts.split, prompts.limit
-    )
-
-
-def _load_base(config: RunConfig) -> tuple[PreTrainedModel, Tokenizer]:
-    model = config.model
-    return load_policy(
-        model.name,
-        revision=model.revision,
-        dtype=model.dtype,
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
-    )
-
 
 # --- sample ---------------------------------------------------------------------------------------
 
@@ -121,9 +58,9 @@ def sample(folder: RunFolder) -> None:
     folder.begin("sample", _sample_settings(config))
     if folder.is_finished("sample", folder.samples):
         return
-    model, tokenizer = _load_base(config)
+    model, tokenizer = load_model(config.model)
     sampler = TransformersSampler(model, tokenizer, config.sampling)
-    _sample_shards(sampler, sampler.encode(rows), folder.samples, _provenance(config), "sampling")
+    sample_shards(sampler, sampler.encode(rows), folder.samples, config.model, "sampling")
     folder.finish("sample", len(shard_paths(folder.samples)))
 
 
@@ -133,33 +70,6 @@ def _sample_settings(config: RunConfig) -> dict[str, Any]:
     if config.evaluation.prompts is None:
         values["evaluation"] = {"holdout": config.evaluation.holdout}
     return values
-
-
-def _provenance(config: RunConfig) -> dict[str, Any]:
-    return {
-        "model": config.model.name,
-        "revision": config.model.revision,
-        "sampling": config.sampling.model_dump(mode="json"),
-    }
-
-
-def _sample_shards(
-    sampler: TransformersSampler,
-    prompts: Sequence[EncodedPrompt],
-    folder: Path,
-    provenance: dict[str, Any],
-    title: str,
-) -> None:
-    size = sampler.config.shard_size
-    shards = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    todo = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
-    provenance = {**provenance, "dtype": str(sampler.model.dtype).removeprefix("torch.")}
-    total = sum(len(shards[index]) for index in todo) * sampler.config.n
-    with progress_bar(title, total, "completions") as bar:
-        for index in todo:
-            groups = sampler.sample(shards[index], progress=bar.tokens)
-            write_shard(shard_path(folder, index), groups, provenance)
-            bar.advance(sum(group.n for group in groups))
 
 
 # --- score ----------------------------------------------------------------------------------------
@@ -180,35 +90,13 @@ def score(folder: RunFolder) -> None:
         scores = score_groups(reward, groups)
         return [group.with_rewards(s) for group, s in zip(groups, scores, strict=True)]
 
-    described = {"reward": _described(config.reward)}
-    _each_shard(folder.samples, folder.groups, scored, described, "scoring")
+    noted = {"reward": described(config.reward)}
+    transform_shards(folder.samples, folder.groups, scored, noted, "scoring")
     folder.finish("score", len(shard_paths(folder.groups)))
-
-
-def _each_shard(
-    source: Path,
-    target: Path,
-    transform: Callable[[Groups], list[Group]],
-    provenance: dict[str, Any],
-    title: str,
-) -> None:
-    """Write the transformed groups of every shard of `source` that `target` lacks."""
-    todo = [i for i in shard_indices(source) if not shard_path(target, i).exists()]
-    total = sum(shard_rows(shard_path(source, index)) for index in todo)
-    with progress_bar(title, total, "prompts") as bar:
-        for index in todo:
-            shard = read_shard(shard_path(source, index))
-            groups = transform(shard)
-            write_shard(shard_path(target, index), groups, shard.provenance | provenance)
-            bar.advance(len(groups))
 
 
 def _score_settings(config: RunConfig) -> dict[str, Any]:
     return _sample_settings(config) | config.model_dump(mode="json", include={"reward"})
-
-
-def _described(reward: RewardConfig) -> dict[str, Any]:
-    return reward.model_dump(mode="json", exclude_defaults=True)
 
 
 # --- train ----------------------------------------------------------------------------------------
@@ -411,7 +299,7 @@ def _save_model(
 # --- evaluate -------------------------------------------------------------------------------------
 
 
-def evaluate(folder: RunFolder) -> dict[str, ModelEvaluation]:
+def evaluate(folder: RunFolder) -> Evaluation:
     """Sample, score and measure the base model and every trained one on the held-out prompts.
 
     Writes `evaluation/evaluation.json`, the plot beside it, and each trained model's card.
@@ -427,142 +315,49 @@ def evaluate(folder: RunFolder) -> dict[str, ModelEvaluation]:
         folder.compare("rounds", _rounds_settings(config))
     folder.begin("evaluate", _evaluation_settings(config))
     training_rows, rows = load_prompts(config)
-    names = [BASE, *config.trainings]
-    todo = [n for n in names if not folder.is_finished(f"evaluate-{n}", folder.evaluation / n)]
-    if todo:
-        _draw_and_measure(folder, todo, rows)
-    n, k = config.target_n, config.evaluation.k
-    measured = {name: read_groups(folder.evaluation / name) for name in names}
-    evaluator = Evaluator(measured[BASE], n, k, config.evaluation.bootstrap)
-    results = {BASE: evaluator.base_model(), f"best-of-{n}": evaluator.best_of_n()} | {
-        name: evaluator.model(measured[name]) for name in config.trainings
-    }
+    evaluation = evaluate_policies(folder, _policies(folder), rows)
     trained_on = {json.dumps(row.prompt) for row in training_rows}
-    seen = sum(json.dumps(group.prompt) in trained_on for group in measured[BASE])
-    _write_evaluation(folder, results, len(measured[BASE]), seen)
-    return results
+    seen = sum(
+        json.dumps(group.prompt) in trained_on for group in read_groups(folder.evaluation / BASE)
+    )
+    about = {"main": config.model_name, "prompts_trained_on": seen}
+    write_evaluation(folder, evaluation, about)
+    for name in config.trainings:
+        record = read_json(folder.model(name) / "training_log.json")
+        card = model_card(config, name, evaluation.models, evaluation.prompts, record)
+        write_text(folder.model(name) / "README.md", card)
+    return evaluation
 
 
-def _draw_and_measure(folder: RunFolder, names: Sequence[str], rows: Sequence[PromptRow]) -> None:
-    """Sample and measure the named models; the base model stays loaded for the KLs."""
+def _policies(folder: RunFolder) -> list[Policy]:
     config = folder.config
-    base, base_tokenizer = _load_base(config)
-    rewards = {"": build_reward(config.reward)} | {
-        name: build_reward(reward) for name, reward in config.evaluation.rewards.items()
-    }
-    k, n = config.evaluation.k, config.target_n
-    for name in names:
-        if name == BASE:
-            model, tokenizer = base, base_tokenizer
-        else:
-            model, tokenizer = load_policy(
-                str(folder.model(name)),
-                revision=config.model.revision,  # of an adapter's base
-                dtype=config.model.dtype,
-                device=config.model.device,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-        draws = k + n if name == BASE else k
-        settings = config.sampling.model_copy(update={"n": draws, "seed": config.evaluation.seed})
-        _draw_for_evaluation(folder, name, model, tokenizer, rows, settings)
-        _measure(folder, name, model, base, rewards)
-        folder.finish(f"evaluate-{name}", len(shard_paths(folder.evaluation / name)))
-        del model  # before the next one is loaded
+
+    def trained(name: str) -> ModelConfig:  # the revision is that of an adapter's base
+        return config.model.model_copy(update={"name": str(folder.model(name))})
+
+    return [
+        Policy(BASE, config.model, config.sampling),
+        *(Policy(name, trained(name), config.sampling) for name in config.trainings),
+    ]
 
 
 def _evaluation_settings(config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json") | _score_settings(config)
-    values["evaluation"] = config.evaluation.model_dump(mode="json")
+    """What the draws depend on; rewards and metrics can be added to them later."""
+    values = _score_settings(config)
+    values["trainings"] = {
+        name: it.model_dump(mode="json") for name, it in config.trainings.items()
+    }
+    drawing = {"prompts", "holdout", "k", "seed"}
+    values["evaluation"] = config.evaluation.model_dump(mode="json", include=drawing)
     if config.evaluation.prompts is not None:
         values["evaluation"]["prompts"]["content"] = file_digest(config.evaluation.prompts.path)
     return values
 
 
-def _drawn(folder: RunFolder, name: str) -> Path:
-    return folder.evaluation / f"{name}-samples"
-
-
-def _draw_for_evaluation(
-    folder: RunFolder,
-    name: str,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    rows: Sequence[PromptRow],
-    settings: SamplingConfig,
-) -> None:
-    # A stream of its own for each model: draws that share their random numbers would be correlated.
-    sampler = TransformersSampler(model, tokenizer, settings, stream=name)
-    provenance = _provenance(folder.config) | {
-        "model": folder.config.model.name if name == BASE else name,
-        "sampling": settings.model_dump(mode="json"),
-    }
-    title = f"{name}: sampling"
-    _sample_shards(sampler, sampler.encode(rows), _drawn(folder, name), provenance, title)
-
-
-def _measure(
-    folder: RunFolder,
-    name: str,
-    model: PreTrainedModel,
-    base: PreTrainedModel,
-    rewards: dict[str, Reward],
-) -> None:
-    """Rewards, further rewards and KL of every drawn shard, into `evaluation/NAME/`."""
-    config = folder.config
-
-    def measured(shard: Groups) -> list[Group]:
-        groups = list(shard)
-        for key, reward in rewards.items():
-            pairs = zip(groups, score_groups(reward, groups), strict=True)
-            groups = [g.with_metric(key, s) if key else g.with_rewards(s) for g, s in pairs]
-        if name == BASE:
-            return groups
-        kls = completion_kls(
-            model,
-            base,
-            groups,
-            temperature=config.sampling.temperature,
-            max_batch_tokens=config.evaluation.max_batch_tokens,
-        )
-        return [group.with_metric("kl", kl) for group, kl in zip(groups, kls, strict=True)]
-
-    described = {"reward": _described(config.reward)}
-    title = f"{name}: measuring"
-    _each_shard(_drawn(folder, name), folder.evaluation / name, measured, described, title)
-
-
-def _write_evaluation(
-    folder: RunFolder, results: dict[str, ModelEvaluation], prompts: int, seen: int
-) -> None:
-    from bonbon.plots import plot_win_rate_against_kl
-
-    config = folder.config
-    write_json(
-        folder.evaluation / "evaluation.json",
-        {
-            "n": config.target_n,
-            "k": config.evaluation.k,
-            "prompts": prompts,
-            "prompts_trained_on": seen,
-            "base_model": config.model.name,
-            "reward": _described(config.reward),
-            # With top-k or top-p the supports differ and the KL of the cut distributions can be
-            # infinite, so it is that of the models at the sampling temperature.
-            "kl_of": "models at the temperature" if config.sampling.truncates else "sampled policy",
-            "models": {name: result.to_json() for name, result in results.items()},
-        },
-    )
-    plot_win_rate_against_kl(results, config.target_n, folder.evaluation / "win_rate_kl.png")
-    for name in config.trainings:
-        record = read_json(folder.model(name) / "training_log.json")
-        card = model_card(config, name, results, prompts, record)
-        write_text(folder.model(name) / "README.md", card)
-
-
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def run(folder: RunFolder) -> dict[str, ModelEvaluation]:
+def run(folder: RunFolder) -> Evaluation:
     """All stages, from prompts to the evaluation, with `rounds` of the first three."""
     if folder.config.rounds > 1:
         _run_rounds(folder)

@@ -13,7 +13,7 @@ from bonbon.files import atomic_path
 from bonbon.tilt import BestOfN, optimal_win_rate
 
 if TYPE_CHECKING:
-    from bonbon.evaluation import ModelEvaluation
+    from bonbon.evaluation.results import ModelEvaluation
 
 # Okabe and Ito's colours, told apart with every common colour blindness.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -67,11 +67,11 @@ def plot_frontier(ns: Sequence[float], path: Path) -> None:
 
 def plot_win_rate_against_kl(results: Mapping[str, ModelEvaluation], n: int, path: Path) -> None:
     """Every measured model with its intervals, under the frontier and beside best-of-n."""
-    models = {name: r for name, r in results.items() if r.kl.value > 0}
-    max_kl = 1.08 * max([r.kl.high for r in models.values()] + [BestOfN(n).kl()])
+    # Without a KL (another vocabulary) there is no place in the plot.
+    models = {name: (r.win_rate, r.kl) for name, r in results.items() if r.kl and r.kl.value > 0}
+    max_kl = 1.08 * max([kl.high for _, kl in models.values()] + [BestOfN(n).kl()])
     figure, axes = _frontier_axes(max_kl, sorted({2, 4, 8, 16, 32, 64, 128, n}))
-    for index, (name, result) in enumerate(models.items()):
-        win, kl = result.win_rate, result.kl
+    for index, (name, (win, kl)) in enumerate(models.items()):
         axes.errorbar(
             [kl.value],
             [win.value],

@@ -46,7 +46,7 @@ def read_prompts(
     """
     rows: list[PromptRow] = []
     seen: dict[str, int] = {}
-    for number, record in _records(path):
+    for number, record in read_records(path):
         where = f"{path}, row {number}"
         if column not in record:
             names = ", ".join(map(str, record)) or "none"
@@ -57,7 +57,7 @@ def read_prompts(
             continue
         found = record.get(id_column)
         prompt_id = f"row-{number}" if found is None else str(found)
-        _check_text(prompt_id, "id", where)
+        check_text(prompt_id, "id", where)
         if prompt_id in seen:
             raise BonbonError(
                 f"{where}: id {prompt_id!r} was used by row {seen[prompt_id]} already"
@@ -91,7 +91,8 @@ def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]
     return kept, held
 
 
-def _check_text(value: Any, what: str, where: str) -> None:
+def check_text(value: Any, what: str, where: str) -> None:
+    """Raise BonbonError for a lone surrogate, which no file can hold as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:
@@ -99,7 +100,7 @@ def _check_text(value: Any, what: str, where: str) -> None:
 
 
 def _checked_prompt(value: Any, where: str) -> Prompt:
-    _check_text(value, "prompt", where)
+    check_text(value, "prompt", where)
     if isinstance(value, str):
         if not value.strip():
             raise BonbonError(f"{where}: the prompt is empty")
@@ -123,7 +124,11 @@ def _checked_prompt(value: Any, where: str) -> Prompt:
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a JSONL, CSV, Parquet or text file (its lines in the column `prompt`), numbered.
+
+    Raises BonbonError, naming file and row, for what cannot be read.
+    """
     readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
@@ -139,7 +144,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise BonbonError(f"{path} is not UTF-8 ({_wrong_line(path)}); convert it first") from error
     except OSError as error:
-        raise BonbonError(f"cannot read prompts from {path}: {error.strerror or error}") from error
+        raise BonbonError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _wrong_line(path: Path) -> str:

@@ -97,9 +97,13 @@ class RunFolder:
         note = self._notes / f"{stage}.json"
         if not note.exists():
             # The note last: a stop between the two would otherwise leave an older config.yaml.
-            dump = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-            write_text(self.path / "config.yaml", dump)
+            self.write_config()
             write_json(note, _binding(settings))
+
+    def write_config(self) -> None:
+        """Write the configuration to `config.yaml`."""
+        dump = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        write_text(self.path / "config.yaml", dump)
 
     def compare(self, stage: str, settings: Mapping[str, Any]) -> None:
         """Compare a stage's settings with those it was begun with, if it was.

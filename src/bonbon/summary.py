@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from bonbon.evaluation import Figure, ModelEvaluation
+    from bonbon.evaluation.figures import Figure
+    from bonbon.evaluation.results import ModelEvaluation
 
 
 def results_table(results: Mapping[str, ModelEvaluation]) -> Table:

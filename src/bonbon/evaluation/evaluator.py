@@ -1,72 +1,86 @@
-"""Measuring policies against the base model and against best-of-n itself."""
+"""Measuring policies against the base model and against best-of-n itself.
+
+Every policy is draws of a prompt with a weight on each of them: a model answers with any of its
+draws (equal weights), best-of-N with the best of N (the weights of the tilt's ranks). Every figure
+is a mean of such weighted means over prompts, or a ratio of such means.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bonbon.evaluation.best_of_k import (
+    BestOfK,
+    best_of_k_curve,
+    best_of_k_weights,
+    best_of_k_win_rates,
+)
+from bonbon.evaluation.drift import (
+    COMPLETION_METRICS,
+    GroupMetric,
+    drift_at_equal_win_rate,
+    drift_from_base,
+    metrics_for,
+)
 from bonbon.evaluation.figures import Figure, Floats, bootstrap
-from bonbon.evaluation.win_rates import best_of_n_win_rate, win_rate
+from bonbon.evaluation.length_control import length_controlled_win_rate
+from bonbon.evaluation.results import BestOfNKL, Draws, ModelEvaluation, PairEvaluation
+from bonbon.evaluation.win_rates import paired_difference, win_rate_figure
 from bonbon.groups import Group
-from bonbon.tilt import BestOfN, best_of_n_rank_weights, optimal_kl
+from bonbon.tilt import (
+    BestOfN,
+    best_of_n_kl_estimate,
+    best_of_n_pmf,
+    kl_pmf,
+    optimal_kl,
+)
 
-
-@dataclass(frozen=True)
-class ModelEvaluation:
-    """What is known of one model; `None` where a figure has no meaning (the base's efficiency).
-
-    `win_rate` is against the base model, `kl` is KL(model ‖ base) in nats, `length` and
-    `length_change` (over the base model) count tokens, `tokens_per_answer` counts all tokens drawn
-    for one answer, `win_rate_by` has the win rate by each further reward.
-    """
-
-    win_rate: Figure
-    kl: Figure
-    recovered: Figure
-    kl_efficiency: Figure | None
-    length: Figure
-    length_change: Figure
-    tokens_per_answer: Figure
-    win_rate_by: Mapping[str, Figure] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as in `evaluation.json`."""
-        return asdict(self)
+# Distinct completions have to hold all of the base model's mass but this for their KL to be exact.
+_MISSING_MASS = 1e-6
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates models on the same prompts against the same base completions.
+    """Evaluates policies on the same prompts against the same base completions.
 
     Args:
         base: one scored group a prompt from the base model, of k + n completions: the first k are
-            what models are compared with, all of them serve best-of-n's own win rate. Raises
+            what policies are compared with, all of them serve best-of-n's own figures. Raises
             ValueError for fewer.
         n: of best-of-n.
         k: completions of each model a prompt.
         resamples: of the bootstrap.
+        rewards: names of the groups' further rewards, never trained on.
+        metrics: names of the groups' further off-target metrics.
     """
 
     base: Sequence[Group]
     n: int
     k: int
     resamples: int = 2000
+    rewards: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_draws(self.base, self.k + self.n, "base")
 
+    # --- whole evaluations ------------------------------------------------------------------------
+
     def best_of_n(self) -> ModelEvaluation:
         """Best-of-n itself; its KL is the closed form, which ties and repetitions only lower."""
-        wins = self._best_of_n_wins()
-        kl = BestOfN(self.n).kl()
-        lengths = self._lengths(self.base)
-        chosen = self._best_of_n_lengths()
+        wins, tilt = self._best_of_n_wins[""], BestOfN(self.n)
+        kl = tilt.kl()
+        lengths = self._values(self.base, Group.lengths)
+        weights = self._best_of_n_weights
+        chosen = self._values(self.base, Group.lengths, weights)
         return ModelEvaluation(
-            win_rate=self._mean(wins),
+            win_rate=win_rate_figure(wins, self.resamples),
             kl=Figure.exact(kl),
             recovered=Figure.exact(1.0),
             kl_efficiency=self._figure(lambda win: kl_efficiency(win, kl), wins),
@@ -74,14 +88,19 @@ class Evaluator:
             length_change=self._mean(chosen - lengths),
             tokens_per_answer=self._mean(self.n * lengths),
             win_rate_by={
-                name: self._mean(self._best_of_n_wins(name)) for name in self._further_rewards()
+                name: win_rate_figure(self._best_of_n_wins[name], self.resamples)
+                for name in self.rewards
             },
+            best_of=self.n,
+            # KL(base ‖ best-of-n) = −∫ ln(n u^(n−1)) du
+            forward_kl={"closed_form": Figure.exact(self.n - 1 - float(np.log(self.n)))},
+            **self._drift(self._best_of_n_metrics),
         )
 
     def base_model(self) -> ModelEvaluation:
         """The base model against itself."""
         half, nothing = Figure.exact(0.5), Figure.exact(0.0)
-        lengths = self._mean(self._lengths(self.base))
+        lengths = self._mean(self._values(self.base, Group.lengths))
         return ModelEvaluation(
             win_rate=half,
             kl=nothing,
@@ -90,74 +109,297 @@ class Evaluator:
             length=lengths,
             length_change=nothing,
             tokens_per_answer=lengths,
-            win_rate_by=dict.fromkeys(self._further_rewards(), half),
+            win_rate_by=dict.fromkeys(self.rewards, half),
+            length_controlled_win_rate=half,
+            metrics={name: self._mean(values) for name, values in self._base_metrics.items()},
         )
 
-    def model(self, groups: Sequence[Group]) -> ModelEvaluation:
-        """A trained model, from its scored groups with the metric `kl`.
+    def model(self, draws: Draws) -> ModelEvaluation:
+        """A policy, from its scored groups; KLs from their metrics `kl`, `kl_plain`, `kl_k3`.
 
         *recovered* = (win − ½)/(best-of-n's win − ½); *KL efficiency* = the least KL with which a
         rank-based tilt wins as often / the measured KL (0 when it wins half or less).
         Raises ValueError when the prompts are not the base groups' prompts, in their order.
         """
-        _check_draws(groups, self.k, "model")
-        if [group.prompt_id for group in groups] != [group.prompt_id for group in self.base]:
-            raise ValueError("the model's groups and the base's are of different prompts")
-        wins, kl = self._wins(groups), self._metric(groups, "kl")
-        lengths = self._lengths(groups)
-        best = self._best_of_n_wins()
+        groups, weights = draws.groups, self._weights(draws)
+        wins = self.wins(draws)
+        lengths = self._values(groups, Group.lengths, weights)
+        kls = self._kls(draws, weights)
+        kl = kls.get("rao_blackwellised", kls.get("plain"))
+        drawn = draws.best_of * self._values(groups, Group.lengths)
         return ModelEvaluation(
-            win_rate=self._mean(wins),
-            kl=self._mean(kl),
-            recovered=self._figure(_recovered, wins, best),
-            kl_efficiency=self._figure(kl_efficiency, wins, kl),
+            win_rate=win_rate_figure(wins, self.resamples),
+            kl=None if kl is None else self._mean(kl),
+            recovered=self._figure(_recovered, wins, self._best_of_n_wins[""]),
+            kl_efficiency=None if kl is None else self._figure(kl_efficiency, wins, kl),
             length=self._mean(lengths),
-            length_change=self._mean(lengths - self._lengths(self.base)),
-            tokens_per_answer=self._mean(lengths),
+            length_change=self._mean(lengths - self._values(self.base, Group.lengths)),
+            tokens_per_answer=self._mean(drawn),
             win_rate_by={
-                name: self._mean(self._wins(groups, name)) for name in self._further_rewards()
+                name: win_rate_figure(self.wins(draws, name), self.resamples)
+                for name in self.rewards
             },
+            best_of=draws.best_of if draws.best_of > 1 else None,
+            kl_estimates={name: self._mean(values) for name, values in kls.items()},
+            forward_kl=self._forward_kl(draws),
+            **self._drift(self._metrics_of(draws)),
         )
 
-    def _further_rewards(self) -> list[str]:
-        return [name for name in self.base[0].metrics if name != "kl"]
+    # --- figures of several policies --------------------------------------------------------------
 
-    def _wins(self, groups: Sequence[Group], reward: str | None = None) -> Floats:
-        pairs = zip(groups, self.base, strict=True)
+    def length_controlled(self, policies: Mapping[str, Draws]) -> dict[str, Figure]:
+        """AlpacaEval 2's length-controlled win rate against the base, fitted jointly over policies.
+
+        The j-th draw of a policy stands against the base's j-th; what a policy keeps as the best of
+        several draws stands against each of them. Lengths are in tokens.
+        """
+        answers = [self._answers(draws) for draws in policies.values()]
+        base = self._opponents.groups
+        difference = np.stack([rewards for rewards, _ in answers]) - [
+            _rewards(group, "") for group in base
+        ]
+        fitted = length_controlled_win_rate(
+            (difference > 0) + 0.5 * (difference == 0),
+            np.stack([lengths for _, lengths in answers]),
+            np.array([group.lengths() for group in base]),
+        )
+        return dict(zip(policies, fitted.win_rates, strict=True))
+
+    def _answers(self, draws: Draws) -> tuple[Floats, Floats]:
+        """Rewards and lengths of k answers: the first k draws, or k times the best of `best_of`."""
+        groups = [
+            group.part(0, self.k) if draws.best_of == 1 else best_draw(group, draws.best_of)
+            for group in draws.groups
+        ]
+        shape = (len(groups), self.k)
+        rewards = np.broadcast_to([_rewards(group, "") for group in groups], shape)
+        return rewards, np.broadcast_to([group.lengths() for group in groups], shape)
+
+    def pairs(self, policies: Mapping[str, Draws]) -> list[PairEvaluation]:
+        """Every policy against every later one, on the same prompts."""
+        names = list(policies)
+        return [
+            PairEvaluation(
+                first,
+                second,
+                win_rate_figure(
+                    self._wins_between(policies[first], policies[second]), self.resamples
+                ),
+                paired_difference(
+                    self.wins(policies[first]), self.wins(policies[second]), self.resamples
+                ),
+            )
+            for index, first in enumerate(names)
+            for second in names[index + 1 :]
+        ]
+
+    def drift_at(self, draws: Draws, win_rate: float) -> dict[str, Figure | None]:
+        """Each metric's drift, had the policy been mixed with the base down to that win rate."""
+        return self._drift_at(self._metrics_of(draws), self.wins(draws), win_rate)
+
+    def best_of_n_drift_at(self, win_rate: float) -> dict[str, Figure | None]:
+        """`drift_at` for the base model's best-of-n."""
+        return self._drift_at(self._best_of_n_metrics, self._best_of_n_wins[""], win_rate)
+
+    def _drift_at(
+        self, metrics: Mapping[str, Floats], wins: Floats, win_rate: float
+    ) -> dict[str, Figure | None]:
+        base = self._base_metrics
+        return {
+            name: drift_at_equal_win_rate(values, base[name], wins, win_rate, self.resamples)
+            for name, values in metrics.items()
+        }
+
+    def best_of_k(self, beyond: Sequence[int] = ()) -> list[BestOfK]:
+        """Best-of-k of the base model for k = 1..n, and extrapolated to the k in `beyond`."""
+        return best_of_k_curve(
+            [_rewards(group, "") for group in self.base],
+            self.n,
+            further={name: [_rewards(group, name) for group in self.base] for name in self.rewards},
+            beyond=beyond if self.n >= 4 else (),
+            resamples=self.resamples,
+        )
+
+    def best_of_n_kl(self) -> BestOfNKL:
+        """What is known of best-of-n's own KL (Beirami et al. 2024, arXiv 2401.01879)."""
+
+        estimates = self._values(
+            self.base,
+            lambda group: best_of_n_kl_estimate(group.logprobs, self.n),
+            self._best_of_n_weights,
+        )
+        exact = [self._exact_kl(group) for group in self.base]
+        known = [kl for kl in exact if kl is not None]
+        return BestOfNKL(
+            bound=BestOfN(self.n).kl(),
+            beirami=self._mean(estimates),
+            exact=float(np.mean(known)) if len(known) == len(exact) else None,
+        )
+
+    def _exact_kl(self, group: Group) -> float | None:
+        distinct = {
+            ids: (logprob, reward)
+            for ids, logprob, reward in zip(
+                group.token_ids, group.logprobs, _rewards(group, ""), strict=True
+            )
+        }
+        logprobs, rewards = np.array(list(distinct.values())).T
+        p = np.exp(logprobs)
+        if abs(p.sum() - 1) > _MISSING_MASS:
+            return None
+        p /= p.sum()
+        return kl_pmf(best_of_n_pmf(p, rewards, self.n), p)
+
+    # --- per prompt -------------------------------------------------------------------------------
+
+    def wins(self, draws: Draws, reward: str = "") -> Floats:
+        """The policy's win rate against the base's first k on each prompt, shape (prompts,)."""
+        return self._wins_between(draws, self._opponents, reward)
+
+    @property
+    def best_of_n_draws(self) -> Draws:
+        """The base model's best of n draws that are not among the k which it is compared with."""
+        return Draws([group.part(self.k, self.k + self.n) for group in self.base], self.n)
+
+    @cached_property
+    def _best_of_n_weights(self) -> list[Floats]:
+        """How often each of the base's draws is the best of n."""
+        return [best_of_k_weights(_rewards(group, ""))[self.n - 1] for group in self.base]
+
+    @cached_property
+    def _opponents(self) -> Draws:
+        return Draws([group.part(0, self.k) for group in self.base])
+
+    def _wins_between(self, ours: Draws, theirs: Draws, reward: str = "") -> Floats:
+        def wins(group: Group, other: Group, own: Floats, against: Floats) -> float:
+            difference = np.subtract.outer(_rewards(group, reward), _rewards(other, reward))
+            return float(own @ ((difference > 0) + 0.5 * (difference == 0)) @ against)
+
+        columns = (ours.groups, theirs.groups, self._weights(ours), self._weights(theirs))
+        return np.array([wins(*prompt) for prompt in zip(*columns, strict=True)])
+
+    def _weights(self, draws: Draws) -> list[Floats]:
+        """How often each of a group's draws is the policy's answer."""
+        _check_draws(draws.groups, self.k if draws.best_of == 1 else draws.best_of, "model")
+        if [group.prompt_id for group in draws.groups] != [group.prompt_id for group in self.base]:
+            raise ValueError("the model's groups and the base's are of different prompts")
+        if draws.best_of == 1:
+            return [np.full(group.n, 1.0 / group.n) for group in draws.groups]
+        return [best_of_k_weights(_rewards(group, ""))[draws.best_of - 1] for group in draws.groups]
+
+    @cached_property
+    def _best_of_n_wins(self) -> dict[str, Floats]:
+        """Best-of-n's win rates against a further draw by each reward, shape (prompts,)."""
+        return {
+            name: np.array(
+                [
+                    best_of_k_win_rates(_rewards(group, ""), _rewards(group, name))[self.n - 1]
+                    for group in self.base
+                ]
+            )
+            for name in ("", *self.rewards)
+        }
+
+    def _values(
+        self,
+        groups: Sequence[Group],
+        values: Callable[[Group], ArrayLike],
+        weights: Sequence[Floats] | None = None,
+    ) -> Floats:
+        """The weighted mean of each group's values (equal weights: None), shape (prompts,)."""
+        if weights is None:
+            return np.array([np.asarray(values(group), np.float64).mean() for group in groups])
         return np.array(
             [
-                win_rate(_rewards(ours, reward)[: self.k], _rewards(base, reward)[: self.k])
-                for ours, base in pairs
+                own @ np.asarray(values(g), np.float64)
+                for g, own in zip(groups, weights, strict=True)
             ]
         )
 
-    def _best_of_n_wins(self, reward: str | None = None) -> Floats:
-        return np.array(
-            [
-                best_of_n_win_rate(_rewards(group, None), _rewards(group, reward), self.n)
-                for group in self.base
-            ]
-        )
+    def _metric_values(
+        self, groups: Sequence[Group], weights: Sequence[Floats] | None = None, whole: bool = True
+    ) -> dict[str, Floats]:
+        """Every off-target metric, shape (prompts,); those of whole groups where there are any."""
+        found = {
+            name: self._values(groups, metric.function, weights)
+            for name, metric in COMPLETION_METRICS.items()
+        }
+        found |= {
+            name: self._values(groups, partial(_metric, name), weights) for name in self.metrics
+        }
+        if whole:
+            found |= {
+                name: metric.per_prompt(groups, self.k)
+                for name, metric in metrics_for(self.k).items()
+                if isinstance(metric, GroupMetric)
+            }
+        return found
 
-    def _best_of_n_lengths(self) -> Floats:
-        def expected(group: Group) -> float:
-            rewards, lengths = _rewards(group, None), np.array(group.lengths(), np.float64)
-            order = np.argsort(rewards, kind="stable")
-            return float(best_of_n_rank_weights(group.n, self.n) @ lengths[order])
+    @cached_property
+    def _base_metrics(self) -> dict[str, Floats]:
+        return self._metric_values(self.base)
 
-        return np.array([expected(group) for group in self.base])
+    @cached_property
+    def _best_of_n_metrics(self) -> dict[str, Floats]:
+        return self._metric_values(self.base, self._best_of_n_weights, whole=False)
 
-    def _lengths(self, groups: Sequence[Group]) -> Floats:
-        return np.array([np.mean(group.lengths()) for group in groups])
+    def _metrics_of(self, draws: Draws) -> dict[str, Floats]:
+        """A policy's metrics, computed once: self-BLEU of thousands of groups takes seconds."""
+        if draws not in self._metrics_found:
+            weights, whole = self._weights(draws), draws.best_of == 1
+            self._metrics_found[draws] = self._metric_values(draws.groups, weights, whole)
+        return self._metrics_found[draws]
 
-    def _metric(self, groups: Sequence[Group], name: str) -> Floats:
-        return np.array([np.mean(group.metrics[name]) for group in groups])
+    @cached_property
+    def _metrics_found(self) -> dict[Draws, dict[str, Floats]]:
+        return {}
+
+    def _drift(self, ours: Mapping[str, Floats]) -> dict[str, Any]:
+        return {
+            "metrics": {name: self._mean(values) for name, values in ours.items()},
+            "drift": {
+                name: drift_from_base(values, self._base_metrics[name], resamples=self.resamples)
+                for name, values in ours.items()
+            },
+        }
+
+    def _kls(self, draws: Draws, weights: Sequence[Floats]) -> dict[str, Floats]:
+        """The estimates of KL(policy ‖ base) that there are, shape (prompts,).
+
+        Best-of-N of a model M has KL(M_N ‖ M) + E_{M_N}[ln M/π0]: the closed form, and the plain
+        log-ratio of what it answers with.
+        """
+        metrics = draws.groups[0].metrics
+        found = {
+            name: self._values(draws.groups, partial(_metric, key), weights)
+            for name, key in KL_METRICS.items()
+            if key in metrics
+        }
+        if draws.best_of == 1 or not found:
+            return found
+        return {"plain": found["plain"] + BestOfN(draws.best_of).kl()}
+
+    def _forward_kl(self, draws: Draws) -> dict[str, Figure] | None:
+        """The estimates of KL(base ‖ policy); None where it was not measured, or is infinite."""
+        if draws.forward is None or draws.best_of > 1:
+            return None
+        forward = draws.forward
+        found = {
+            name: self._values(forward, partial(_metric, key)) for name, key in KL_METRICS.items()
+        }
+        if not all(np.isfinite(values).all() for values in found.values()):
+            return None
+        return {name: self._mean(values) for name, values in found.items()}
 
     def _mean(self, per_prompt: Floats) -> Figure:
         return self._figure(lambda mean: mean, per_prompt)
 
     def _figure(self, statistic: Callable[..., ArrayLike], *per_prompt: Floats) -> Figure:
         return bootstrap(per_prompt, statistic, self.resamples)
+
+
+# Where the KLs of each completion lie among a group's metrics.
+KL_METRICS = {"rao_blackwellised": "kl", "plain": "kl_plain", "k3": "kl_k3"}
 
 
 def _check_draws(groups: Sequence[Group], wanted: int, whose: str) -> None:
@@ -168,9 +410,19 @@ def _check_draws(groups: Sequence[Group], wanted: int, whose: str) -> None:
             )
 
 
-def _rewards(group: Group, name: str | None) -> Floats:
-    values = group.rewards if name is None else group.metrics[name]
-    return np.asarray(values, dtype=np.float64)
+def best_draw(group: Group, n: int) -> Group:
+    """The group of the best of the first n draws alone (the first of equals)."""
+    best = int(np.argmax(_rewards(group, "")[:n]))
+    return group.part(best, best + 1)
+
+
+def _rewards(group: Group, name: str) -> Floats:
+    """The rewards that selected (the empty name), or a further reward."""
+    return np.asarray(group.metrics[name] if name else group.rewards, dtype=np.float64)
+
+
+def _metric(name: str, group: Group) -> Floats:
+    return np.asarray(group.metrics[name], dtype=np.float64)
 
 
 def _recovered(win: ArrayLike, best: ArrayLike) -> Floats:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +37,11 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Figure:
-    """A statistic of means over prompts, with its percentile-bootstrap 95% interval over prompts.
+    """A statistic of means over prompts, with its bootstrap 95% interval over prompts.
+
+    The expanded percentile interval (Hesterberg 2015, arXiv 1411.5279): percentiles a
+    little further out, so that for few prompts a mean's interval is as wide as Student's and not
+    too narrow.
 
     Args:
         per_prompt: arrays of shape (prompts,), resampled together.
@@ -43,10 +49,45 @@ def bootstrap(
     """
     columns = np.stack([np.asarray(values, dtype=np.float64) for values in per_prompt])
     value = float(np.asarray(statistic(*columns.mean(axis=1))))
-    generator = np.random.default_rng(seed)
     prompts = columns.shape[1]
-    means = np.empty((len(columns), resamples))
-    for b in range(resamples):
-        means[:, b] = columns[:, generator.integers(0, prompts, prompts)].mean(axis=1)
-    low, high = np.percentile(np.asarray(statistic(*means)), [2.5, 97.5])
+    means = columns @ _resampled(prompts, resamples, seed).T / prompts
+    tail = _tail(prompts)
+    low, high = np.quantile(np.asarray(statistic(*means)), [tail, 1 - tail])
     return Figure(value, float(low), float(high))
+
+
+@lru_cache(maxsize=64)
+def _tail(prompts: int) -> float:
+    """Φ(−√(P/(P−1)) · t(0.975; P−1)), below 2.5%."""
+    freedom = max(prompts - 1, 1)
+    return float(ndtr(-((prompts / freedom) ** 0.5) * stdtrit(freedom, 0.975)))
+
+
+@lru_cache(maxsize=2)  # an evaluation has hundreds of figures over the same prompts
+def _resampled(prompts: int, resamples: int, seed: int) -> Floats:
+    """How often each prompt is in each resample, shape (resamples, prompts)."""
+    drawn = np.random.default_rng(seed).integers(0, prompts, (resamples, prompts))
+    drawn += prompts * np.arange(resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=resamples * prompts)
+    return counts.reshape(resamples, prompts).astype(np.float64)
+
+
+def clustered_mean(per_prompt: ArrayLike) -> Figure:
+    """The mean over prompts with Student's t interval: ± t(0.975; prompts − 1) · s/√prompts.
+
+    The closed form beside `bootstrap`, for a mean. Whatever happens inside a prompt is in its one
+    value, so the variance s² over prompts holds the draws' share too. Raises ValueError for fewer
+    than two prompts.
+    """
+    values = np.asarray(per_prompt, dtype=np.float64)
+    if len(values) < 2:
+        raise ValueError("an interval needs two prompts or more")
+    mean = float(values.mean())
+    half = float(stdtrit(len(values) - 1, 0.975)) * standard_error(values)
+    return Figure(mean, mean - half, mean + half)
+
+
+def standard_error(per_prompt: ArrayLike) -> float:
+    """s/√prompts, the standard error of a mean over two prompts or more."""
+    values = np.asarray(per_prompt, dtype=np.float64)
+    return float(values.std(ddof=1)) / len(values) ** 0.5

@@ -1,20 +1,55 @@
-"""KL divergences between two language models, in nats a completion."""
+"""KL divergences between two language models, in nats a completion.
+
+KL(p ‖ q) is estimated from completions drawn from p, in three ways, each a sum over a completion's
+steps t (a drawn end token's step included) of p and q given the drawn prefix:
+
+| estimate | term | bias | variance |
+|---|---|---|---|
+| `rao_blackwellised` | Σ_v p(v) ln p(v)/q(v), exact over the vocabulary | none | least in practice; never below 0 |
+| `plain` | ln p(y_t)/q(y_t) | none | largest for close models; can be negative |
+| `k3` | q(y_t)/p(y_t) − 1 − ln q(y_t)/p(y_t) | none where p can draw all that q can, else low | between them for close models; never below 0 |
+
+All three agree on average because a step's term has, given the prefix, the step's exact KL as its
+mean (Schulman 2020, "Approximating KL divergence", for k3; Amini, Vieira, Cotterell 2025, arXiv
+2504.10637, for the Rao-Blackwellised one). k3's variance explodes where q(y_t)/p(y_t) does, which
+is where the models are far apart. For single steps the order rao_blackwellised ≤ plain is a
+theorem; over whole completions it is not, since an early step's log-ratio can make up for later
+steps' KL, but it holds for all but contrived models. The Rao-Blackwellised estimate is the default
+everywhere.
+
+KL(model ‖ base) is taken over the model's completions, KL(base ‖ model) over the base's.
+"""  # noqa: E501 (a table row cannot be broken)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from bonbon.batching import pad_rows, token_batches
+from bonbon.config import SamplingConfig
 from bonbon.groups import Group
 from bonbon.logprobs import full_precision, last_logits
 from bonbon.models import forward_batch_tokens
+from bonbon.sampling import warped_log_probs
 
 # At most this many logits of one model are held at once while KLs are computed (1 GiB in float32).
 _LOGITS = 2**28
+
+
+@dataclass(frozen=True)
+class CompletionKLs:
+    """The three estimates along each completion of a group, in nats; tuples of length n."""
+
+    rao_blackwellised: tuple[float, ...]
+    plain: tuple[float, ...]
+    k3: tuple[float, ...]
+
+
+ESTIMATES = ("rao_blackwellised", "plain", "k3")
 
 
 @torch.inference_mode()
@@ -23,21 +58,30 @@ def completion_kls(
     base: PreTrainedModel,
     groups: Sequence[Group],
     *,
-    temperature: float = 1.0,
+    sampling: SamplingConfig | None = None,
+    base_sampling: SamplingConfig | None = None,
     max_batch_tokens: int | None = None,
-) -> list[tuple[float, ...]]:
-    """Σ_t KL(π(· | x, y_<t) ‖ π0(· | x, y_<t)) along each of the policy's completions, in nats.
+) -> list[CompletionKLs]:
+    """KL(policy ‖ base) along each completion, which were drawn from the policy.
 
-    The mean over completions drawn from the policy is an unbiased, Rao-Blackwellised estimate of
-    KL(π ‖ π0): the exact KL over the vocabulary at every drawn prefix, a drawn end token's step
-    included. It cannot be negative.
+    For KL(base ‖ policy) swap the two and take the base's completions.
+
+    Args:
+        groups: the policy's completions; both models read their token ids, so their vocabularies
+            have to be the same.
+        sampling: the settings that make the policy out of its model; None: temperature 1.
+        base_sampling: the base's; None: the policy's. Where the base cannot draw what the policy
+            can (top-k, top-p) the KL is infinite.
+        max_batch_tokens: padded tokens a pass; None: by the device.
     """
+    own = sampling or SamplingConfig()
+    settings = (own, base_sampling or own)
     rows = [
         (index, k, group.prompt_token_ids, ids)
         for index, group in enumerate(groups)
         for k, ids in enumerate(group.token_ids)
     ]
-    kls = [[0.0] * group.n for group in groups]
+    found = [{name: [0.0] * group.n for name in ESTIMATES} for group in groups]
     lengths = [len(prompt) + len(ids) for _, _, prompt, ids in rows]
     # Both models' logits over the whole vocabulary are held at once.
     max_tokens = min(
@@ -46,20 +90,24 @@ def completion_kls(
     )
     for batch in token_batches(rows, lengths, max_tokens):
         chosen = [rows[index] for index in batch]
-        for (index, k, _, _), kl in zip(
-            chosen, _row_kls(policy, base, chosen, temperature), strict=True
-        ):
-            kls[index][k] = kl
-    return [tuple(values) for values in kls]
+        sums = _row_kls((policy, base), settings, chosen)
+        for name, values in sums.items():
+            for (index, k, _, _), value in zip(chosen, values, strict=True):
+                found[index][name][k] = value
+    return [CompletionKLs(**{name: tuple(v) for name, v in group.items()}) for group in found]
 
 
 def _row_kls(
-    policy: PreTrainedModel, base: PreTrainedModel, rows: Sequence[Any], temperature: float
-) -> list[float]:
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    settings: tuple[SamplingConfig, SamplingConfig],
+    rows: Sequence[Any],
+) -> dict[str, list[float]]:
+    """Each estimate, summed along each row."""
     padded = pad_rows([row[2] for row in rows], [row[3] for row in rows], 0)
-    width = padded.completion_mask.shape[1]
+    mask = padded.completion_mask.bool()
+    width = mask.shape[1]
     log_probs = []
-    for model in (policy, base):
+    for model, sampling in zip(models, settings, strict=True):
         logits = last_logits(
             model,
             width + 1,
@@ -67,10 +115,27 @@ def _row_kls(
             attention_mask=padded.attention_mask.to(model.device),
             position_ids=padded.position_ids.to(model.device),
             use_cache=False,
-        )[:, :-1]
-        log_probs.append((full_precision(logits) / temperature).log_softmax(dim=-1))
+        )[:, :-1][mask.to(model.device)]  # steps of completions alone: (steps, vocabulary)
+        log_probs.append(warped_log_probs(full_precision(logits), sampling))
     ours, theirs = log_probs[0], log_probs[1].to(log_probs[0].device)
+    drawn = padded.completion_ids[mask].to(ours.device)
+    sums = {}
+    for name, steps in _step_kls(ours, theirs, drawn).items():
+        by_row = torch.zeros(mask.shape, dtype=torch.float64)
+        by_row[mask] = steps.double().cpu()
+        sums[name] = [float(kl) for kl in by_row.sum(dim=-1)]
+    return sums
+
+
+def _step_kls(
+    ours: torch.Tensor, theirs: torch.Tensor, drawn: torch.Tensor
+) -> Mapping[str, torch.Tensor]:
+    """Each estimate at each step, from log-probabilities (steps, vocabulary) and drawn tokens."""
     # A token that the policy cannot draw adds nothing, whatever its log-ratio.
     terms = torch.where(ours > -torch.inf, ours.exp() * (ours - theirs), 0.0)
-    steps = terms.sum(dim=-1).double().clamp(min=0).cpu()  # the last bits may fall below 0
-    return [float(kl) for kl in (steps * padded.completion_mask).sum(dim=-1)]
+    ratio = (ours - theirs).gather(-1, drawn[:, None]).squeeze(-1)  # ln p/q of the drawn token
+    return {
+        "rao_blackwellised": terms.sum(dim=-1).clamp(min=0),  # the last bits may fall below 0
+        "plain": ratio,
+        "k3": (-ratio).expm1() + ratio,
+    }

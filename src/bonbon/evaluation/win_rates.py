@@ -1,46 +1,115 @@
-"""Win rates from completions that are all of one prompt; a tie counts half."""
+"""Win rates: how often one policy's completion gets the larger reward; a tie counts half."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bonbon.tilt import best_of_n_rank_weights
+from bonbon.evaluation.figures import Figure, Floats, bootstrap, clustered_mean, standard_error
 
 
 def win_rate(rewards: ArrayLike, base_rewards: ArrayLike) -> float:
-    """P(reward > base reward) over all pairs of one prompt's completions, a tie counting half."""
+    """P(reward > base reward) over all pairs of one prompt's completions, a tie counting half.
+
+    The U-statistic Σ_ij h(x_i, y_j)/(KL) with h = 1, ½ or 0; unbiased for independent draws.
+    """
+    return float(_wins(rewards, base_rewards).mean())
+
+
+def _wins(rewards: ArrayLike, base_rewards: ArrayLike) -> Floats:
+    """h(x_i, y_j), shape (K, L)."""
     ours, base = np.asarray(rewards, dtype=np.float64), np.asarray(base_rewards, dtype=np.float64)
     difference = ours[:, None] - base[None, :]
-    return float(np.mean((difference > 0) + 0.5 * (difference == 0)))
+    return np.asarray((difference > 0) + 0.5 * (difference == 0), dtype=np.float64)
 
 
-def best_of_n_win_rate(selected_by: ArrayLike, judged_by: ArrayLike, n: int) -> float:
-    """Win rate of best-of-n against one more draw, from m > n base completions of one prompt.
+def win_rate_variance(rewards: ArrayLike, base_rewards: ArrayLike) -> float:
+    """An unbiased estimate of the variance of one prompt's `win_rate` over its draws.
 
-    The unbiased combinatorial estimator: the mean, over every opponent j and every n-subset of the
-    other completions, of the win of the subset's best. Ties for the best share the choice evenly.
+    U² − (S² − A − B + Q)/(K(K−1)L(L−1)), with S the sum of all h_ij, A and B the sums of squared
+    row and column sums and Q that of squared h_ij: the second term is the mean of h_ij·h_i'j' over
+    i ≠ i', j ≠ j', unbiased for the squared win rate. It may come out negative. Raises ValueError
+    for fewer than two completions on a side.
+    """
+    wins = _wins(rewards, base_rewards)
+    k, other = wins.shape
+    if min(k, other) < 2:
+        raise ValueError("the draws' variance needs two completions or more of each policy")
+    total, squares = wins.sum(), (wins**2).sum()
+    rows, columns = (wins.sum(axis=1) ** 2).sum(), (wins.sum(axis=0) ** 2).sum()
+    squared = (total**2 - rows - columns + squares) / (k * (k - 1) * other * (other - 1))
+    return float(wins.mean() ** 2 - squared)
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """A win rate over prompts.
+
+    `closed_form` is the interval by Student's t, `bootstrap` that by resampling prompts; both
+    respect prompts as clusters and agree but for very few prompts. `standard_error` belongs to the
+    first. `draws_share` is the share of the variance that more completions a prompt would take
+    away, the rest falls with more prompts alone; None with one completion a side.
+    """
+
+    closed_form: Figure
+    bootstrap: Figure
+    standard_error: float
+    draws_share: float | None
+
+
+def win_rate_over_prompts(
+    ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike], resamples: int = 2000
+) -> WinRate:
+    """Win rate of any policy against any other, from their rewards on the same prompts.
 
     Args:
-        selected_by: the rewards that best-of-n chooses by, shape (m,).
-        judged_by: the rewards that decide the win, shape (m,); often the same.
-        n: the number of draws. Raises ValueError unless n < m.
+        ours: for each prompt, rewards of shape (K,); K may differ from prompt to prompt.
+        theirs: the same of the other policy, in the same order of prompts.
+        resamples: of the bootstrap.
+
+    Raises ValueError for different numbers of prompts, or fewer than two.
     """
-    chooser, judge = np.asarray(selected_by, np.float64), np.asarray(judged_by, np.float64)
-    m = len(chooser)
-    if not 1 <= n < m:
-        raise ValueError(f"best-of-{n} against a further draw needs more than {n} draws, got {m}")
-    by_rank = best_of_n_rank_weights(m - 1, n)
-    wins = np.empty(m)
-    for j in range(m):
-        others = np.delete(np.arange(m), j)
-        # np.unique's inverse gives the tie group of each completion in ascending order, and equal
-        # rewards share the weight of the ranks that they take up.
-        _, tie_group = np.unique(chooser[others], return_inverse=True)
-        sizes = np.bincount(tie_group)
-        ends = np.cumsum(sizes)
-        cumulative = np.concatenate([[0.0], np.cumsum(by_rank)])
-        weights = ((cumulative[ends] - cumulative[ends - sizes]) / sizes)[tie_group]
-        difference = judge[others] - judge[j]
-        wins[j] = np.sum(weights * ((difference > 0) + 0.5 * (difference == 0)))
-    return float(wins.mean())
+    per_prompt = np.array([win_rate(a, b) for a, b in zip(ours, theirs, strict=True)])
+    error = standard_error(per_prompt) if len(per_prompt) > 1 else 0.0
+    sizes = [min(len(np.asarray(a)), len(np.asarray(b))) for a, b in zip(ours, theirs, strict=True)]
+    share = None
+    if min(sizes) > 1 and error > 0:
+        draws = sum(win_rate_variance(a, b) for a, b in zip(ours, theirs, strict=True))
+        share = float(np.clip(draws / len(sizes) ** 2 / error**2, 0, 1))
+    return WinRate(
+        _bounded(clustered_mean(per_prompt), per_prompt),
+        win_rate_figure(per_prompt, resamples),
+        error,
+        share,
+    )
+
+
+def win_rate_figure(per_prompt: Floats, resamples: int = 2000) -> Figure:
+    """The mean of win rates of shape (prompts,), with its bootstrap interval over prompts."""
+    return _bounded(bootstrap([per_prompt], lambda mean: mean, resamples), per_prompt)
+
+
+def _bounded(figure: Figure, per_prompt: Floats) -> Figure:
+    """The interval inside [0, 1]; not empty where every prompt was won, or lost, outright.
+
+    P(every prompt is won outright) ≤ w^prompts for a win rate w, so w ≥ 0.025^(1/prompts) unless an
+    event of 2.5% happened.
+    """
+    least = 0.025 ** (1 / len(per_prompt))
+    low = least if np.all(per_prompt == 1) else max(figure.low, 0.0)
+    high = 1 - least if np.all(per_prompt == 0) else min(figure.high, 1.0)
+    return Figure(figure.value, low, high)
+
+
+def paired_difference(first: ArrayLike, second: ArrayLike, resamples: int = 2000) -> Figure:
+    """Mean of first − second over the same prompts, with its bootstrap interval over prompts.
+
+    For figures of two models of shape (prompts,), such as their win rates against the base model:
+    what both find easy or hard in a prompt cancels, so the interval is narrower than the two
+    models' own intervals suggest.
+    """
+    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    return bootstrap([difference], lambda mean: mean, resamples)

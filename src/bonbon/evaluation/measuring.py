@@ -1,0 +1,307 @@
+"""Drawing from policies on held-out prompts, and measuring what was drawn.
+
+A policy's draws lie in `evaluation/NAME-samples/` and never change. The measured groups in
+`evaluation/NAME/` hold what was computed of them, a column each: rewards, metrics, KLs. Each shard
+notes the settings of its columns, and a column that is missing or was computed with other settings
+is computed from the draws, so a new metric or reward needs no new sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bonbon.config import ModelConfig, RunConfig, SamplingConfig
+from bonbon.evaluation.evaluator import KL_METRICS
+from bonbon.evaluation.human_text import TextLosses, human_text_losses, read_texts
+from bonbon.evaluation.kl import completion_kls
+from bonbon.evaluation.results import Draws
+from bonbon.files import read_json, write_json
+from bonbon.groups import (
+    Group,
+    Groups,
+    read_groups,
+    read_shard,
+    shard_indices,
+    shard_path,
+    shard_paths,
+    shard_provenance,
+    shard_rows,
+    write_shard,
+)
+from bonbon.progress import progress_bar
+from bonbon.prompts import PromptRow
+from bonbon.reward import FunctionReward, Reward, score_groups
+from bonbon.run_folder import RunFolder, file_digest
+from bonbon.sampling import TransformersSampler
+from bonbon.stages import build_reward, described, load_model, sample_shards, transform_shards
+
+BASE = "base"
+Loader = Callable[[], tuple[PreTrainedModel, Tokenizer]]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model, how it is sampled, and how many draws it keeps the best of."""
+
+    name: str
+    model: ModelConfig
+    sampling: SamplingConfig
+    best_of: int = 1
+
+
+@dataclass(frozen=True)
+class Column:
+    """One thing to compute of groups; `settings` are plain values that say when it is the same."""
+
+    settings: Mapping[str, Any]
+    compute: Callable[[list[Group]], list[Group]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was drawn and measured of a policy; None where it was not asked for."""
+
+    draws: Draws
+    losses: TextLosses | None
+    tasks: list[dict[str, Any]] | None
+
+
+def measure_policies(
+    folder: RunFolder, policies: Sequence[Policy], rows: Sequence[PromptRow]
+) -> dict[str, Measured]:
+    """Draw from and measure policies, the base model first; its model stays loaded for the KLs.
+
+    Goes on where it was stopped, and loads a model only for what is still missing. Raises
+    BonbonError when a model, a reward or a metric fails.
+    """
+    config = folder.config
+    load_base = cache(partial(load_model, policies[0].model))
+    rewards = _rewards(config)
+    losses, tasks = {}, {}
+    for policy in policies:
+        load = load_base if policy.name == BASE else cache(partial(load_model, policy.model))
+        _draw(folder, policy, load, rows)
+        if policy.name == BASE:
+            _measure(folder, BASE, rewards)
+        else:
+            kl = _kl_column(config, policy, load, load_base)
+            _measure(folder, policy.name, rewards | {"kl": kl})
+        if policy.best_of == 1:
+            if policy.name != BASE:
+                _measure_forward(folder, policy, load, load_base)
+            losses[policy.name] = _text_losses(folder, policy.name, load)
+            tasks[policy.name] = _tasks(folder, policy.name, load)
+    return {
+        it.name: Measured(_draws(folder, it), losses.get(it.name), tasks.get(it.name))
+        for it in policies
+    }
+
+
+# --- drawing and measuring ------------------------------------------------------------------------
+
+
+def _drawn(folder: RunFolder, name: str) -> Path:
+    return folder.evaluation / f"{name}-samples"
+
+
+def _draw(folder: RunFolder, policy: Policy, load: Loader, rows: Sequence[PromptRow]) -> None:
+    target, stage = _drawn(folder, policy.name), f"draw-{policy.name}"
+    if folder.is_finished(stage, target):
+        return
+    config = folder.config
+    k = config.evaluation.k
+    # Enough for best-of-n against a further draw; more than best_of, to average over subsets.
+    draws = k + config.target_n if policy.name == BASE else k + policy.best_of - 1
+    settings = policy.sampling.model_copy(update={"n": draws, "seed": config.evaluation.seed})
+    model, tokenizer = load()
+    # A stream of its own for each model: draws that share their random numbers would be correlated.
+    sampler = TransformersSampler(model, tokenizer, settings, stream=policy.name)
+    sample_shards(sampler, sampler.encode(rows), target, policy.model, f"{policy.name}: sampling")
+    folder.finish(stage, len(shard_paths(target)))
+
+
+def _rewards(config: RunConfig) -> dict[str, Column]:
+    """The columns that every policy's groups get: the reward, further rewards, the user's metrics.
+
+    Rewards are loaded when one is first needed.
+    """
+
+    def scored(load: Callable[[], Reward], name: str, groups: list[Group]) -> list[Group]:
+        pairs = zip(groups, score_groups(load(), groups), strict=True)
+        return [g.with_metric(name, s) if name else g.with_rewards(s) for g, s in pairs]
+
+    evaluation = config.evaluation
+    columns = {
+        name: Column(described(reward), partial(scored, cache(partial(build_reward, reward)), name))
+        for name, reward in {"": config.reward, **evaluation.rewards}.items()
+    }
+    return columns | {
+        name: Column(
+            {"function": function},
+            partial(scored, cache(partial(FunctionReward.from_name, function)), name),
+        )
+        for name, function in evaluation.metrics.items()
+    }
+
+
+def _kl_column(config: RunConfig, policy: Policy, load: Loader, load_base: Loader) -> Column:
+    own, base = _kl_sampling(config, policy)
+
+    def measured(groups: list[Group]) -> list[Group]:
+        return _with_kls(groups, config, (load, own), (load_base, base))
+
+    settings = {"policy": own.model_dump(mode="json"), "base": base.model_dump(mode="json")}
+    return Column(settings, measured)
+
+
+def _kl_sampling(config: RunConfig, policy: Policy) -> tuple[SamplingConfig, SamplingConfig]:
+    """The settings under which the KL of policy and base is taken.
+
+    With top-k or top-p on the base the supports differ and the KL of the cut distributions can be
+    infinite, so it is that of the models at their temperatures.
+    """
+    keys = {"temperature"} if config.sampling.truncates else {"temperature", "top_p", "top_k"}
+    own, base = policy.sampling, config.sampling
+    return SamplingConfig(**own.model_dump(include=keys)), SamplingConfig(
+        **base.model_dump(include=keys)
+    )
+
+
+def _with_kls(
+    groups: Sequence[Group],
+    config: RunConfig,
+    drawn_from: tuple[Loader, SamplingConfig],
+    other: tuple[Loader, SamplingConfig],
+) -> list[Group]:
+    """The groups with KLs from the policy that drew them; unchanged for another vocabulary."""
+    (model, tokenizer), (reference, reference_tokenizer) = drawn_from[0](), other[0]()
+    if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
+        return list(groups)
+    kls = completion_kls(
+        model,
+        reference,
+        groups,
+        sampling=drawn_from[1],
+        base_sampling=other[1],
+        max_batch_tokens=config.evaluation.max_batch_tokens,
+    )
+    found = list(groups)
+    for estimate, name in KL_METRICS.items():
+        found = [
+            group.with_metric(name, getattr(kl, estimate))
+            for group, kl in zip(found, kls, strict=True)
+        ]
+    return found
+
+
+def _measure(folder: RunFolder, name: str, columns: Mapping[str, Column]) -> None:
+    """Compute what the shards of `evaluation/NAME/` lack of the columns."""
+    source, target = _drawn(folder, name), folder.evaluation / name
+    todo = {
+        index: missing
+        for index in shard_indices(source)
+        if (missing := _missing(shard_path(target, index), columns))
+    }
+    if not todo:
+        return
+    total = sum(shard_rows(shard_path(source, index)) for index in todo)
+    with progress_bar(f"{name}: measuring", total, "prompts") as bar:
+        for index, missing in todo.items():
+            path = shard_path(target, index)
+            shard = read_shard(path if path.exists() else shard_path(source, index))
+            began = time.monotonic()
+            groups = list(shard)
+            for column in missing:
+                groups = columns[column].compute(groups)
+            before = shard.provenance if path.exists() else {}
+            provenance = shard.provenance | {
+                "columns": {key: dict(column.settings) for key, column in columns.items()},
+                "reward": dict(columns[""].settings),
+                "seconds": before.get("seconds", 0.0) + time.monotonic() - began,
+            }
+            write_shard(path, groups, provenance)
+            bar.advance(len(groups))
+
+
+def _missing(path: Path, columns: Mapping[str, Column]) -> list[str]:
+    known = shard_provenance(path).get("columns", {}) if path.exists() else {}
+    return [name for name, column in columns.items() if known.get(name) != column.settings]
+
+
+def _measure_forward(folder: RunFolder, policy: Policy, load: Loader, load_base: Loader) -> None:
+    """KL(base ‖ policy) along the base's first k completions, into `evaluation/NAME-forward/`."""
+    config = folder.config
+    own, base = _kl_sampling(config, policy)
+
+    def measured(groups: Groups) -> list[Group]:
+        heads = [group.part(0, config.evaluation.k) for group in groups]
+        return _with_kls(heads, config, (load_base, base), (load, own))
+
+    transform_shards(
+        folder.evaluation / BASE,
+        _forward(folder, policy.name),
+        measured,
+        {},
+        f"{policy.name}: measuring forward",
+    )
+
+
+def _forward(folder: RunFolder, name: str) -> Path:
+    return folder.evaluation / f"{name}-forward"
+
+
+def _draws(folder: RunFolder, policy: Policy) -> Draws:
+    groups = read_groups(folder.evaluation / policy.name)
+    forward = _forward(folder, policy.name)
+    has_forward = forward.exists() and "kl" in groups[0].metrics
+    return Draws(groups, policy.best_of, read_groups(forward) if has_forward else None)
+
+
+# --- human text and tasks -------------------------------------------------------------------------
+
+
+def _text_losses(folder: RunFolder, name: str, load: Loader) -> TextLosses | None:
+    source = folder.config.evaluation.human_text
+    if source is None:
+        return None
+    settings = source.model_dump(mode="json") | {"content": file_digest(source.path)}
+
+    def measured() -> dict[str, list[float]]:
+        texts = read_texts(source.path, source.column, source.limit)
+        losses = human_text_losses(*load(), texts, folder.config.evaluation.max_batch_tokens)
+        return {name: values.tolist() for name, values in vars(losses).items()}
+
+    found = _kept(folder.evaluation / f"{name}-human-text.json", settings, measured)
+    return TextLosses(**{key: np.array(values) for key, values in found.items()})
+
+
+def _tasks(folder: RunFolder, name: str, load: Loader) -> list[dict[str, Any]] | None:
+    lm_eval = folder.config.evaluation.lm_eval
+    if lm_eval is None:
+        return None
+
+    def measured() -> list[dict[str, Any]]:
+        from bonbon.harness import run_tasks
+
+        return [result.to_json() for result in run_tasks(lm_eval, *load())]
+
+    settings = lm_eval.model_dump(mode="json", exclude={"batch_size"})
+    return list(_kept(folder.evaluation / f"{name}-tasks.json", settings, measured))
+
+
+def _kept(path: Path, settings: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+    """What `path` holds if it was measured with these settings, else measured now and kept."""
+    record = read_json(path) if path.exists() else {}
+    if record.get("settings") != settings:
+        record = {"settings": settings, "found": measure()}
+        write_json(path, record)
+    return record["found"]

@@ -1,0 +1,33 @@
+"""The report of a run: one self-contained web page, the same in Markdown, and the plots.
+
+`report.html` needs no network: its style and script are inside, and its policy allows nothing else.
+Every figure in it is from `evaluation/evaluation.json`; the completions are from the groups beside
+it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html`, `report.md` and `plots/` into a run's folder; the page's path.
+
+    Raises BonbonError when the folder holds no readable evaluation, or cannot be written.
+    """
+    # Drawing and templates load late, as they take a second.
+    from bonbon.files import write_text
+    from bonbon.report.browser import embed
+    from bonbon.report.charts import draw_charts
+    from bonbon.report.data import read_run
+    from bonbon.report.page import markdown_text, page, summarise
+    from bonbon.report.theme import SvgStyles
+
+    run = read_run(folder)
+    styles = SvgStyles()
+    charts = draw_charts(run, styles, folder / "plots")
+    summary = summarise(run)
+    write_text(folder / "report.md", markdown_text(summary, charts))
+    path = folder / "report.html"
+    write_text(path, page(summary, charts, embed(run), styles))
+    return path

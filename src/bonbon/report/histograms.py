@@ -1,0 +1,73 @@
+"""Rewards before and after, as shares of completions in common bins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bonbon.groups import Group
+from bonbon.report.data import BASE, Run
+from bonbon.tilt import best_of_n_rank_weights
+
+Floats = NDArray[np.float64]
+_MOST_BINS = 40
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """`shares` by policy, each of shape (bins,), sum to 1; `edges` has shape (bins + 1,).
+
+    `reference` names what the others are compared with: the base model and best-of-n.
+    """
+
+    edges: Floats
+    shares: dict[str, Floats]
+    reference: tuple[str, ...]
+
+
+def histograms(run: Run) -> Histograms | None:
+    """Histograms of the reward trained on; None without scored base completions.
+
+    Rewards in the outermost 0.2% at either end are counted in the first or last bin.
+    """
+    weighted = _weighted_rewards(run)
+    if BASE not in weighted:
+        return None
+    pooled = np.concatenate([rewards for rewards, _ in weighted.values()])
+    low, high = np.percentile(pooled, [0.2, 99.8])
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    fewest = min(len(rewards) for rewards, _ in weighted.values())
+    edges = np.linspace(low, high, min(_MOST_BINS, max(10, math.isqrt(fewest))) + 1)
+    shares = {
+        name: np.histogram(np.clip(rewards, low, high), edges, weights=weights)[0] / weights.sum()
+        for name, (rewards, weights) in weighted.items()
+    }
+    return Histograms(edges, shares, tuple(n for n in (BASE, f"best-of-{run.n}") if n in shares))
+
+
+def _weighted_rewards(run: Run) -> dict[str, tuple[Floats, Floats]]:
+    """Rewards and their weights: of all draws alike, or by rank where the best is kept."""
+    wanted = {BASE: None} | {policy.name: policy.best_of for policy in run.lineup}
+    found = {}
+    for name, best_of in wanted.items():
+        groups = run.groups.get(name, run.groups.get(BASE) if best_of else None) or ()
+        pairs = [_by_rank(group, best_of or 1) for group in groups if _usable(group, best_of or 1)]
+        if pairs:
+            rewards, weights = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+            found[name] = rewards, weights
+    return found
+
+
+def _usable(group: Group, best_of: int) -> bool:
+    return (
+        group.rewards is not None and group.n >= best_of and bool(np.isfinite(group.rewards).all())
+    )
+
+
+def _by_rank(group: Group, best_of: int) -> tuple[Floats, Floats]:
+    # The best of 1 is any of them, and every rank weighs the same.
+    return np.sort(np.array(group.rewards, np.float64)), best_of_n_rank_weights(group.n, best_of)

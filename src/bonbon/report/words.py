@@ -1,0 +1,223 @@
+"""The findings in sentences that someone who decides can read, and can hold us to.
+
+A difference is claimed only where its 95% interval leaves out "no difference".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bonbon.evaluation.figures import Figure
+from bonbon.report.data import Policy, Run
+from bonbon.report.numbers import Shown, in_brackets, number, of_100, shown, whole_share
+from bonbon.report.ranking import ranking
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A big number with its name and a remark."""
+
+    label: str
+    shown: Shown
+    note: str
+
+
+def headline(run: Run) -> list[str]:
+    """The findings: of the main model, or the policies' order in a comparison."""
+    sentences = ranking(run) if run.main is None else _main_findings(run, run.main)
+    return [*sentences, *_warnings(run)]
+
+
+def tiles(run: Run) -> list[Tile]:
+    """The main model's five figures; none in a comparison."""
+    main = run.main
+    if main is None:
+        return []
+    return [
+        Tile("win rate", shown(main.figure("win_rate"), "share"), "against the base model"),
+        Tile("KL", shown(main.figure("kl"), "nats"), "nats from the base model"),
+        Tile("recovered", shown(main.figure("recovered"), "share"), f"of best-of-{run.n}’s gain"),
+        Tile("KL efficiency", shown(main.figure("kl_efficiency"), "ratio"), "1 is the limit"),
+        Tile(
+            "length change",
+            shown(main.figure("length_change"), "tokens", signed=True),
+            "tokens an answer",
+        ),
+    ]
+
+
+def _main_findings(run: Run, main: Policy) -> Iterator[str]:
+    win = main.figure("win_rate")
+    if win is None:
+        yield f"The win rate of {main.name} was not measured."
+        return
+    yield _win(win)
+    yield from _best_of_n(run, main, win)
+    yield from _distance(main, win)
+    yield from _length(main, win)
+    yield from _further(run, main, win)
+    yield from _judge(main)
+    yield from _forgetting(main)
+
+
+def _win(win: Figure) -> str:
+    share, interval = of_100(win.value), in_brackets(win, "points")
+    if win.low > 0.5:
+        return (
+            f"In {share} of 100 comparisons the aligned model’s answer is preferred to the base "
+            f"model’s{interval}, by the reward that it was trained on."
+        )
+    if win.high < 0.5:
+        return (
+            f"The aligned model is worse than the base model: its answer is preferred in only "
+            f"{share} of 100 comparisons{interval}, by the reward that it was trained on."
+        )
+    return (
+        "No difference from the base model can be told: the aligned model’s answer is preferred "
+        f"in {share} of 100 comparisons{interval}, by the reward that it was trained on, and 50 "
+        "would be even."
+    )
+
+
+def _best_of_n(run: Run, main: Policy, win: Figure) -> Iterator[str]:
+    best = run.best_of_n.figure("win_rate") if run.best_of_n else None
+    if best is None:
+        return
+    drawing = f"Drawing {run.n} and keeping the best would win {of_100(best.value)} of 100"
+    recovered = main.number("recovered")
+    if best.low <= 0.5:
+        yield f"{drawing}, which cannot be told from even: the reward has little to choose by."
+    elif win.low <= 0.5 or recovered is None:
+        yield f"{drawing}; the model shows none of that gain."
+    elif recovered > 1:
+        yield (
+            f"{drawing}: the model’s gain is {whole_share(recovered)} of that, at the cost of one "
+            f"draw instead of {run.n}."
+        )
+    else:
+        yield (
+            f"{drawing}: the model recovers {whole_share(recovered)} of that gain at the cost of "
+            f"one draw instead of {run.n}."
+        )
+
+
+def _distance(main: Policy, win: Figure) -> Iterator[str]:
+    kl, efficiency = main.number("kl"), main.number("kl_efficiency")
+    if kl is None:
+        return
+    moved = f"It moved {number(kl, 2)} nats from the base model (KL divergence)"
+    if efficiency is None or win.low <= 0.5:
+        yield f"{moved}."
+    elif efficiency <= 1:
+        yield (
+            f"{moved}; the least that any method which goes by the reward’s ranks needs for this "
+            f"win rate is {number(efficiency * kl, 2)} (efficiency {number(efficiency, 2)})."
+        )
+    else:
+        yield (
+            f"{moved}, no more than the {number(efficiency * kl, 2)} that this win rate needs when "
+            f"no rewards tie (efficiency {number(efficiency, 2)}; sampling error and tied rewards "
+            "can take it above 1)."
+        )
+
+
+def _length(main: Policy, win: Figure) -> Iterator[str]:
+    change = main.figure("length_change")
+    if change is not None:
+        interval = shown(change, "tokens", signed=True).interval
+        if change.low <= 0 <= change.high:
+            tail = f" ({number(change.value, 1, signed=True)} tokens"
+            tail += f", 95% interval {interval})" if interval else ")"
+            yield f"Answers are as long as the base model’s, within error{tail}."
+        else:
+            comparison = "longer" if change.value > 0 else "shorter"
+            yield (
+                f"Answers are {number(abs(change.value), 1)} tokens {comparison} on average"
+                f"{in_brackets(change, 'tokens', signed=True)}."
+            )
+    controlled = main.figure("length_controlled_win_rate")
+    if controlled is not None:
+        less = controlled.high < win.low
+        yield (
+            f"With length held equal it would win {of_100(controlled.value)} of 100"
+            f"{in_brackets(controlled, 'points')}"
+            + ("; part of the gain is in the length." if less else ".")
+        )
+
+
+def _further(run: Run, main: Policy, win: Figure) -> Iterator[str]:
+    if not main.further:
+        yield (
+            "No further reward was measured, so nothing here shows whether the model has learned "
+            "to please its reward alone (evaluation.rewards adds one)."
+        )
+    for name, gold in main.further.items():
+        yield (
+            f"A reward never trained on ({name}) says {of_100(gold.value)} of 100"
+            f"{in_brackets(gold, 'points')}{_over_optimisation(run, name, win, gold)}"
+        )
+
+
+def _over_optimisation(run: Run, name: str, win: Figure, gold: Figure) -> str:
+    if gold.high < 0.5:
+        worse = ": by it the model is worse than the base model"
+        return f"{worse}, so its reward is over-optimised." if win.low > 0.5 else f"{worse}."
+    if win.low <= 0.5:
+        return "."
+    if gold.low <= 0.5:
+        return ": no gain can be told there, so the model may please its reward alone."
+    if gold.high >= win.low:
+        return ": no sign of over-optimisation."
+    return f": the gain shrinks by {_shrinkage(win, gold)} there{_own_shrinkage(run, name)}."
+
+
+def _shrinkage(win: Figure, gold: Figure) -> str:
+    return whole_share(1 - (gold.value - 0.5) / (win.value - 0.5))
+
+
+def _own_shrinkage(run: Run, name: str) -> str:
+    """What best-of-n itself loses between the rewards: the rewards' disagreement."""
+    best = run.best_of_n
+    win, gold = (best.figure("win_rate"), best.further.get(name)) if best else (None, None)
+    if win is None or gold is None or win.low <= 0.5:
+        return ""
+    if gold.value >= win.value:
+        return f"; best-of-{run.n}’s own does not"
+    return f" (best-of-{run.n}’s own shrinks by {_shrinkage(win, gold)})"
+
+
+def _judge(main: Policy) -> Iterator[str]:
+    judged, judge = main.figure("judge", "win_rate"), main.values.get("judge")
+    if judged is None or not judge:
+        return
+    doubt = ": no difference can be told" if judged.low <= 0.5 <= judged.high else ""
+    yield (
+        f"A judge model that was asked {number(judge.get('comparisons'))} times prefers it in "
+        f"{of_100(judged.value)} of 100 comparisons{in_brackets(judged, 'points')}{doubt}."
+    )
+
+
+def _forgetting(main: Policy) -> Iterator[str]:
+    loss = main.figure("human_text", "forgetting")
+    if loss is None:
+        return
+    if loss.low > 0:
+        yield (
+            f"Human text costs it {shown(loss, '').value} nats a token more than the base model"
+            f"{in_brackets(loss, '')}: some of what the base model knew is forgotten."
+        )
+    else:
+        yield (
+            f"Nothing forgotten shows on human text ({shown(loss, '', signed=True).value} nats a "
+            "token)."
+        )
+
+
+def _warnings(run: Run) -> Iterator[str]:
+    seen = run.evaluation.get("prompts_trained_on")
+    if seen:
+        yield (
+            f"Caution: {number(seen)} of the {number(run.evaluation.get('prompts'))} prompts were "
+            "trained on too, which flatters a trained model."
+        )
