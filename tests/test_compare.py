@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from bonbon import pipeline
+from bonbon.cli import app
 from bonbon.compare import PolicySpec, compare, comparison_config, parse_policy
 from bonbon.config import RunConfig, parse_config
 from bonbon.errors import BonbonError
@@ -20,6 +22,7 @@ from bonbon.judge import Comparison
 from bonbon.run_folder import RunFolder
 from bonbon.sampling import TransformersSampler
 from bonbon.tilt import BestOfN
+from test_report import check_main_table
 
 N, K, PROMPTS = 3, 4, 10
 
@@ -308,6 +311,51 @@ def test_policies_that_cannot_be(run: RunFolder, policies: list[str], said: str)
     Path("empty/config.yaml").write_text("")
     with pytest.raises(BonbonError, match=said):
         compared("bad", run.config, policies)
+
+
+# --- at the command line --------------------------------------------------------------------------
+
+
+def test_the_commands_end_with_a_report_of_the_figures(
+    run: RunFolder, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run` on a finished run, `report` and `compare`; the pages say what evaluation.json says."""
+    config = Path("run.yaml")
+    config.write_text((run.path / "config.yaml").read_text())
+    done = CliRunner().invoke(app, ["run", str(config), "--out", "run"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1].split() == ["report", "run/report.html"]
+    check_main_table(Path("run/report.html").read_text(), figures(Path("run"))["models"])
+
+    policies = ["run", "half=base@temperature=0.5,best-of-2"]
+    done = CliRunner().invoke(app, ["compare", *policies, "--out", "by-command"])
+    assert done.exit_code == 0, done.output
+    page = Path("by-command/report.html")
+    check_main_table(page.read_text(), figures(Path("by-command"))["models"])
+    assert "bonbon compare run half=base@temperature=0.5,best-of-2 --config" in page.read_text()
+    assert "by-command/model" not in done.stdout  # a comparison trains none
+
+    page.unlink()
+    done = CliRunner().invoke(app, ["report", "by-command"])
+    assert (done.exit_code, done.stdout.strip()) == (0, str(page))
+    assert page.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["report", "nowhere"], "holds no evaluation"),
+        (["compare", "./nowhere", "--out", "x"], "give --config"),
+        (["compare", "run@best-of-0", "--out", "x"], "N >= 1"),
+        (["compare", "run", "--out", "run.yaml/x"], "cannot write the output folder"),
+    ],
+)
+def test_commands_that_cannot_be(run: RunFolder, arguments: list[str], said: str) -> None:
+    Path("run.yaml").write_text((run.path / "config.yaml").read_text())
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.output
 
 
 # --- how policies are written ---------------------------------------------------------------------

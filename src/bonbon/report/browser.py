@@ -111,7 +111,9 @@ def _best(group: Group, draws: Sequence[int]) -> Sequence[int]:
 
 def _column(group: Group, draws: Sequence[int]) -> Column:
     """Texts, and reward and further figures of each draw."""
-    figures = {"reward": group.rewards, **group.metrics, "tokens": group.lengths()}
+    # Of the three estimates of a completion's KL the default is enough to read beside it.
+    metrics = {name: row for name, row in group.metrics.items() if not name.startswith("kl_")}
+    figures = {"reward": group.rewards, **metrics, "tokens": group.lengths()}
     return [group.completions[draw] for draw in draws], [
         {name: _short(values[draw]) for name, values in figures.items() if values is not None}
         for draw in draws

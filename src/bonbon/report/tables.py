@@ -34,8 +34,8 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 
 def _by_policy(caption: str, run: Run, rows: Sequence[Row]) -> Table | None:
-    """Rows of figures over all policies; rows in which nothing was measured are left out."""
-    policies = run.columns
+    """Rows of figures over policies; rows and columns without any figure are left out."""
+    policies = [policy for policy in run.columns if any(of(policy) for _, of, _, _ in rows)]
     measured = [
         [label, *(shown(figure, unit, signed) for figure in figures)]
         for label, of, unit, signed in rows
