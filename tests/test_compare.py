@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from bonbon import pipeline
 from bonbon.cli import app
-from bonbon.compare import PolicySpec, compare, comparison_config, parse_policy
+from bonbon.compare import PolicySpec, _model, compare, comparison_config, parse_policy
 from bonbon.config import RunConfig, parse_config
 from bonbon.errors import BonbonError
 from bonbon.evaluation import best_of_k_weights, stage
 from bonbon.groups import read_groups
 from bonbon.judge import Comparison
+from bonbon.report import write_report
 from bonbon.run_folder import RunFolder
 from bonbon.sampling import TransformersSampler
 from bonbon.tilt import BestOfN
+from conftest import build_tiny_model
 from test_report import check_main_table
 
 N, K, PROMPTS = 3, 4, 10
@@ -282,6 +287,93 @@ def test_a_model_of_another_vocabulary_has_no_kl(
     assert 0 <= model["win_rate"]["value"] <= 1
 
 
+def test_an_edited_reward_is_computed_again(
+    run: RunFolder, tiny_model: Path, workplace: Path
+) -> None:
+    module = workplace / "edited_reward.py"
+    config = settings(tiny_model, metrics={"edited": "edited_reward:one"})
+    for value in (1.0, 2.0):
+        module.write_text(
+            f"def one(prompts, completions):\n    return [{value}] * len(completions)\n"
+        )
+        sys.modules.pop("edited_reward", None)
+        importlib.invalidate_caches()
+        pipeline.evaluate(RunFolder(run.path, config))
+        assert figures(run.path)["models"]["base"]["metrics"]["edited"]["value"] == value
+    pipeline.evaluate(run)
+
+
+def test_prompts_too_long_for_one_policy_are_left_out_for_all(
+    workplace: Path, tiny_model: Path
+) -> None:
+    short = build_tiny_model(workplace / "short", seed=3)
+    values = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 34}))
+    lines = "".join(f"Prompt {i} {'and more ' * (i % 3)}\n" for i in range(9))
+    (workplace / "mixed.txt").write_text(lines)
+    base = settings(tiny_model, prompts={"path": "mixed.txt"}).model_dump(mode="json")
+    base["sampling"]["on_long_prompt"] = "skip"
+    found = compared("skipped", parse_config(base), ["short"])
+    assert (found["prompts"], found["prompts_left_out"]) == (6, 3)
+    assert "3 prompts were too long" in write_report(Path("skipped")).read_text()
+
+
+def test_a_base_model_that_cuts_has_one_estimate(workplace: Path, tiny_model: Path) -> None:
+    """What the cut policy drew says nothing of the models' log-ratios."""
+    build_tiny_model(workplace / "other-model", seed=4)
+    values = settings(tiny_model).model_dump(mode="json")
+    values["sampling"]["top_k"] = 5
+    values |= {"train": {"objective": "weighted_sft"}, "baselines": {}}
+    policies = ["other=other-model", "two=other-model@best-of-2"]
+    found = compared("cut", parse_config(values), policies)
+    other, two = (found["models"][name] for name in ("other", "two"))
+    assert found["kl_of"] == "models at the temperature"
+    assert list(other["kl_estimates"]) == list(other["forward_kl"]) == ["rao_blackwellised"]
+    assert other["kl"]["value"] > 0
+    assert (two["kl"], two["kl_estimates"]) == (None, {})
+
+
+def test_a_changed_base_is_refused(workplace: Path, tiny_model: Path) -> None:
+    base = build_tiny_model(workplace / "base-model", seed=5)
+    config = settings(tiny_model).model_dump(mode="json")
+    config["model"]["name"] = str(base)
+    compared("based", parse_config(config), [str(tiny_model)])
+    build_tiny_model(base, seed=6)
+    with pytest.raises(BonbonError, match=r"weights was .* and is now"):
+        compared("based", parse_config(config), [str(tiny_model)])
+
+
+def test_a_name_is_free_until_something_is_drawn(run: RunFolder, tiny_model: Path) -> None:
+    with pytest.raises(BonbonError, match="no such folder"):
+        compared("typo", run.config, ["x=./mistyped"])
+    assert "x" in compared("typo", run.config, [f"x={tiny_model}"])["models"]
+
+
+def test_a_run_and_a_comparison_do_not_share_a_folder(run: RunFolder, tiny_model: Path) -> None:
+    with pytest.raises(BonbonError, match="holds a run; choose another --out"):
+        compared("run", run.config, ["base@best-of-2"])
+    compared("kind", run.config, ["base@best-of-2"])
+    with pytest.raises(BonbonError, match="holds a comparison; choose another --out"):
+        pipeline.sample(RunFolder(Path("kind"), settings(tiny_model)))
+
+
+def test_prompts_that_a_run_was_trained_on_are_counted(run: RunFolder, tiny_model: Path) -> None:
+    seen = settings(tiny_model, prompts={"path": "prompts.txt", "limit": 4})
+    found = compared("seen", seen, ["run"])
+    assert (found["prompts"], found["prompts_trained_on"]) == (4, 4)
+
+
+def test_a_revision_is_the_base_s_alone(tiny_model: Path) -> None:
+    config = settings(tiny_model)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"revision": "v1"})})
+    of = {
+        text: _model(parse_policy(text), config) for text in ("org/llama", "base", str(tiny_model))
+    }
+    assert of["org/llama"].revision is None
+    assert of["base"] == config.model
+    assert (of[str(tiny_model)].name, of[str(tiny_model)].revision) == (str(tiny_model), "v1")
+
+
 def test_a_model_trained_anew_is_not_taken_for_the_old(run: RunFolder, tiny_model: Path) -> None:
     copy = Path("copy")
     copy.mkdir()
@@ -289,9 +381,9 @@ def test_a_model_trained_anew_is_not_taken_for_the_old(run: RunFolder, tiny_mode
         (copy / path.name).write_bytes(path.read_bytes())
     compared("weights", run.config, ["copy"])
     weights = copy / "model.safetensors"
-    changed = bytearray(weights.read_bytes())
-    changed[-3] ^= 1
-    weights.write_bytes(changed)
+    tensors = load_file(weights)
+    name = "model.layers.1.mlp.up_proj.weight"  # one module in the middle, as a merged LoRA may
+    save_file(tensors | {name: tensors[name] + 0.01}, weights, {"format": "pt"})
     with pytest.raises(BonbonError, match=r"weights was .* and is now"):
         compared("weights", run.config, ["copy"])
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bonbon.config import (
+    OWN_METRICS,
     ObjectiveName,
     RunConfig,
     TiltName,
@@ -21,6 +22,7 @@ from bonbon.config import (
     round_config,
 )
 from bonbon.errors import BonbonError
+from bonbon.evaluation.drift import metrics_for
 
 MINIMAL: dict[str, Any] = {
     "model": {"name": "m"},
@@ -324,6 +326,15 @@ def test_a_sum_holds_weighted_rewards() -> None:
     parts = parsed(reward={"sum": [{"function": "a:f", "weight": -2}, {"model": "r"}]}).reward.sum
     assert parts is not None
     assert [(part.weight, part.function or part.model) for part in parts] == [(-2, "a:f"), (1, "r")]
+
+
+def test_own_metrics_are_those_that_are_measured() -> None:
+    assert metrics_for(2).keys() == OWN_METRICS
+    with pytest.raises(BonbonError, match="'self_bleu' is measured anyway"):
+        parse_config(MINIMAL | {"evaluation": {"metrics": {"self_bleu": "a:f"}}})
+    both = {"metrics": {"x": "a:f"}, "rewards": {"x": {"function": "a:f"}}}
+    with pytest.raises(BonbonError, match="'x' is both in rewards and in metrics"):
+        parse_config(MINIMAL | {"evaluation": both})
 
 
 @pytest.mark.parametrize("name", ["kl", "", "a/b"])

@@ -18,6 +18,7 @@ from bonbon.evaluation import (
     kl_efficiency,
 )
 from bonbon.evaluation.evaluator import _recovered
+from bonbon.evaluation.stage import _equal_win_rate
 from bonbon.groups import Group
 from bonbon.tilt import BestOfN, best_of_n_pmf, kl_pmf, optimal_kl, win_rate_pmf
 from test_best_of_k import enumerated_best_of_n
@@ -167,6 +168,26 @@ def test_to_json_is_plain() -> None:
     got = EVALUATOR.model(Draws(OURS)).to_json()
     assert set(got["kl"]) == {"value", "low", "high"}
     assert got["win_rate_by"]["other"]["value"] == 0.75
+
+
+def test_rounding_is_no_gain() -> None:
+    """The base never gets the reward and the model does: best-of-n gains nothing, but for bits."""
+    base = [group(str(i), [0.0] * 7) for i in range(20)]
+    ours = [group(str(i), [0.0, 1.0, 1.0, 0.0], kl=[0.1] * 4) for i in range(20)]
+    evaluator = Evaluator(base, n=3, k=4, resamples=50)
+    best, got = evaluator.best_of_n(), evaluator.model(Draws(ours))
+    assert best.win_rate.value == pytest.approx(0.5)
+    assert got.win_rate.value == pytest.approx(0.75)
+    assert got.recovered == Figure.exact(0.0)
+    assert best.kl_efficiency == Figure.exact(0.0)
+    assert _equal_win_rate({"best-of-3": best, "ours": got}) is None
+
+
+def test_infinite_kls_have_no_figure() -> None:
+    kl = {"kl": [np.inf, 1.0], "kl_plain": [1.0, 1.0], "kl_k3": [np.nan, 1.0]}
+    ours = [group(name, [2.0, 3.0], other=[0, 0], **kl) for name in "ab"]
+    got = EVALUATOR.model(Draws(ours, forward=ours))
+    assert (got.kl, got.kl_efficiency, got.forward_kl, got.kl_estimates) == (None, None, None, {})
 
 
 # --- several policies, metrics and decodings ------------------------------------------------------

@@ -44,6 +44,22 @@ def test_bootstrap_resamples_columns_together() -> None:
     assert (figure.low, figure.high) == pytest.approx((2, 2))
 
 
+@pytest.mark.parametrize("prompts", [2, 3, 5, 9])
+def test_few_prompts_get_the_jackknife_s_interval(prompts: int) -> None:
+    """Of a mean it is Student's exactly, so it covers; of a ratio it is close to that."""
+    values = np.random.default_rng(6).normal(1, 0.3, size=(2, prompts))
+    mean = bootstrap([values[0]], lambda mean: mean)
+    expected = clustered_mean(values[0])
+    assert (mean.low, mean.high) == pytest.approx((expected.low, expected.high))
+    ratio = bootstrap(list(values), lambda a, b: a / b)
+    assert ratio.low < ratio.value < ratio.high
+
+
+def test_one_prompt_has_no_interval() -> None:
+    figure = bootstrap([np.array([0.7])], lambda mean: mean)
+    assert (figure.low, figure.value, figure.high) == (0.7, 0.7, 0.7)
+
+
 def test_the_closed_form_is_student_s_interval() -> None:
     values = np.random.default_rng(4).normal(size=12)
     figure = clustered_mean(values)

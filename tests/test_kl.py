@@ -154,6 +154,39 @@ def test_a_policy_that_cannot_draw_all_that_the_base_can() -> None:
     assert kls.rao_blackwellised[0] != pytest.approx(uncut.rao_blackwellised[0], rel=1e-3)
 
 
+def test_a_cut_that_is_computed_again_keeps_the_drawn_token() -> None:
+    """In 16 bits another batch may cut one token short; what was drawn was inside."""
+    logits = torch.tensor([[2.0, 1.999, -1.0, 0.5]])
+    drawn = torch.tensor([1])
+    for cut in (SamplingConfig(top_k=1), SamplingConfig(top_p=0.2, temperature=0.5)):
+        assert warped_log_probs(logits, cut)[0, 1] == -torch.inf
+        kept = warped_log_probs(logits, cut, drawn)
+        two = (logits[:, :2] / cut.temperature).log_softmax(-1)
+        assert torch.allclose(kept[:, :2], two)
+        assert torch.all(kept[:, 2:] == -torch.inf)
+    whole = SamplingConfig(temperature=0.5)
+    assert torch.equal(warped_log_probs(logits, whole, drawn), warped_log_probs(logits, whole))
+
+
+def test_heads_of_different_width_are_cut_to_the_narrower() -> None:
+    base = tiny_llama(1)
+    torch.manual_seed(5)
+    config = LlamaConfig(**(base.config.to_dict() | {"vocab_size": VOCABULARY + 3}))
+    wide = LlamaForCausalLM(config).eval()
+    state = wide.state_dict()
+    for name, value in tiny_llama(0).state_dict().items():
+        state[name][: len(value)] = value
+    wide.load_state_dict(state)
+    group = Group("p", "p", PROMPT, ("",) * 2, ((1, 2, 0), (3, 0)), (0.0,) * 2, ("stop",) * 2)
+    (narrow,) = completion_kls(tiny_llama(0), base, [group])
+    for pair in ((wide, base), (base, wide)):
+        (kls,) = completion_kls(*pair, [group])
+        assert all(math.isfinite(kl) for kl in kls.rao_blackwellised)
+    (kls,) = completion_kls(wide, base, [group])
+    assert kls.rao_blackwellised == pytest.approx(narrow.rao_blackwellised, rel=1e-4)
+    assert kls.plain == pytest.approx(narrow.plain, rel=1e-4)
+
+
 def test_own_temperatures() -> None:
     """A policy that is its base at another temperature has the KL that enumeration says."""
     model = tiny_llama(0)

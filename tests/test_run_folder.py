@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from bonbon.config import RunConfig, parse_config
+from bonbon.digests import file_digest
 from bonbon.errors import BonbonError
 from bonbon.groups import shard_path
-from bonbon.run_folder import RunFolder, file_digest
+from bonbon.run_folder import RunFolder
 
 MINIMAL = {"model": {"name": "m"}, "prompts": {"path": "p.jsonl"}, "reward": {"model": "r"}}
 

@@ -7,20 +7,23 @@ folder of a run (its trained model), or `base`. DECODING is a comma-separated li
 
 from __future__ import annotations
 
-import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bonbon.config import RunConfig, is_policy_name, load_config
+from bonbon.config import ModelConfig, RunConfig, is_policy_name, load_config
+from bonbon.digests import file_digest, weights_digest
 from bonbon.errors import BonbonError
-from bonbon.evaluation.measuring import BASE, Policy
+from bonbon.evaluation.measuring import BASE, Policy, drawn_folder
 from bonbon.evaluation.results import Evaluation
 from bonbon.evaluation.stage import evaluate_policies, write_evaluation
-from bonbon.run_folder import RunFolder, file_digest
-from bonbon.stages import load_prompts
+from bonbon.groups import shard_paths
+from bonbon.prompts import PromptRow
+from bonbon.run_folder import RunFolder
+from bonbon.stages import evaluation_prompts, load_prompts
 
 _DECODINGS = "best-of-N, temperature=T, top_p=P, top_k=K"
 _NUMBERS = {"temperature": float, "top_p": float, "top_k": int}
@@ -88,8 +91,8 @@ def comparison_config(
     Without `config` it is that of the first run folder among the policies. Raises BonbonError when
     there is none.
     """
-    runs = [Path(spec.model) / "config.yaml" for spec in specs]
-    found = config or next((path for path in runs if path.is_file()), None)
+    runs = [run / "config.yaml" for spec in specs if (run := _run_of(spec)) is not None]
+    found = config or next(iter(runs), None)
     if found is None:
         raise BonbonError(
             "no policy is a run's folder, so nothing says what prompts and which reward to compare "
@@ -112,31 +115,59 @@ def compare(folder: RunFolder, specs: Sequence[PolicySpec]) -> Evaluation:
                 f"two policies are called {policy.name!r}; name one of them: NAME={spec.model}"
             )
         policies.append(policy)
-    _, rows = load_prompts(config)
+    rows = evaluation_prompts(config)
+    folder.refuse("sample", "rounds", "evaluate", what="a run")
     folder.begin("compare", _settings(config))
-    for policy in policies[1:]:
+    for policy in policies:
+        if not shard_paths(drawn_folder(folder, policy.name)):
+            folder.forget(f"compare-{policy.name}")
         folder.begin(f"compare-{policy.name}", _policy_settings(policy))
     evaluation = evaluate_policies(folder, policies, rows)
-    named = {"policies": [spec.text for spec in specs]}
-    write_evaluation(folder, evaluation, {"main": None, "prompts_trained_on": None} | named)
+    about = {
+        "main": None,
+        "prompts_trained_on": _trained_on(specs, rows),
+        "prompts_left_out": len(rows) - evaluation.prompts,
+        "policies": [spec.text for spec in specs],
+    }
+    write_evaluation(folder, evaluation, about)
     return evaluation
+
+
+def _run_of(spec: PolicySpec) -> Path | None:
+    """The run's folder that a policy names."""
+    folder = Path(spec.model).expanduser()
+    return folder if spec.model != BASE and (folder / "config.yaml").is_file() else None
+
+
+def _trained_on(specs: Sequence[PolicySpec], rows: Sequence[PromptRow]) -> int | None:
+    """How many of the prompts some of the runs were trained on; None where a run cannot say."""
+    seen: set[str] = set()
+    for spec in specs:
+        if (run := _run_of(spec)) is not None:
+            try:
+                training, _ = load_prompts(load_config(run / "config.yaml"))
+            except BonbonError:  # its prompts are no longer where they were
+                return None
+            seen.update(json.dumps(row.prompt) for row in training)
+    return sum(json.dumps(row.prompt) in seen for row in rows)
 
 
 def _policy(spec: PolicySpec, config: RunConfig) -> Policy:
     if not is_policy_name(spec.name):
         raise BonbonError(f"policy {spec.name!r}: give it a name of letters, digits, '-' and '_'")
-    run = Path(spec.model)
-    if (run / "config.yaml").is_file():
-        if not (run / "model").is_dir():
-            raise BonbonError(f"{run} has no trained model yet; run `bonbon train` first")
-        model = str(run / "model")
-    else:
-        model = config.model.name if spec.model == BASE else spec.model
-    # Checked as what the user may write in a configuration is.
-    sampling = _checked(config, spec)
-    return Policy(
-        spec.name, config.model.model_copy(update={"name": model}), sampling, spec.best_of
-    )
+    return Policy(spec.name, _model(spec, config), _checked(config, spec), spec.best_of)
+
+
+def _model(spec: PolicySpec, config: RunConfig) -> ModelConfig:
+    if spec.model == BASE:
+        return config.model
+    run = _run_of(spec)
+    if run is not None and not (run / "model").is_dir():
+        raise BonbonError(f"{run} has no trained model yet; run `bonbon train` first")
+    folder = Path(spec.model).expanduser() if run is None else run / "model"
+    if not folder.is_dir():  # a hub id: the base's revision is none of its
+        return config.model.model_copy(update={"name": spec.model, "revision": None})
+    return config.model.model_copy(update={"name": str(folder)})
 
 
 def _checked(config: RunConfig, spec: PolicySpec) -> Any:
@@ -149,36 +180,21 @@ def _checked(config: RunConfig, spec: PolicySpec) -> Any:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    values = config.model_dump(mode="json", include={"model", "prompts", "sampling"})
-    values["prompts"]["content"] = file_digest(config.prompts.path)
+    values = config.model_dump(mode="json", include={"model", "sampling"})
     drawing = {"prompts", "holdout", "k", "seed"}
     values["evaluation"] = config.evaluation.model_dump(mode="json", include=drawing)
     if config.evaluation.prompts is not None:
         values["evaluation"]["prompts"]["content"] = file_digest(config.evaluation.prompts.path)
+    else:
+        values["prompts"] = config.prompts.model_dump(mode="json")
+        values["prompts"]["content"] = file_digest(config.prompts.path)
     return values | {"n": config.target_n}
 
 
 def _policy_settings(policy: Policy) -> dict[str, Any]:
     return {
         "model": policy.model.model_dump(mode="json"),
-        "weights": _fingerprint(Path(policy.model.name)),
+        "weights": weights_digest(Path(policy.model.name).expanduser()),
         "sampling": policy.sampling.model_dump(mode="json"),
         "best_of": policy.best_of,
     }
-
-
-def _fingerprint(folder: Path) -> str | None:
-    """A hash of the sizes, heads and tails of a folder's weights; None for a hub id.
-
-    So that a model trained anew in the same place is not taken for the old one.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    digest = hashlib.blake2b(digest_size=8)
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest() if files else None

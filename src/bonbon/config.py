@@ -35,6 +35,13 @@ ObjectiveName = Literal[
     "ipo_best_random",
     "ipo_random_pair",
 ]
+# What the evaluation measures anyway (`evaluation.drift`, which a test holds equal).
+OWN_METRICS = frozenset(
+    {
+        "length", "characters", "repetition", "refusal", "truncation", "empty",
+        "distinct_1", "distinct_2", "self_bleu",
+    }
+)  # fmt: skip
 LARGEST_N = 10_000  # beyond, targets by rank are no longer exact
 TiltName = Literal["best_of_n", "optimal", "worst_of_n"]
 
@@ -255,6 +262,9 @@ class EvaluationConfig(_Settings):
             for name in names:
                 if name.startswith("kl") or not _is_name(name):  # our own columns of the KL
                     raise ValueError(f"{key}: {name!r} {_BAD_NAME}")
+        own = sorted(self.metrics.keys() & OWN_METRICS)
+        if own:
+            raise ValueError(f"metrics: {own[0]!r} is measured anyway; call yours something else")
         both = sorted(self.rewards.keys() & self.metrics.keys())
         if both:
             raise ValueError(f"{both[0]!r} is both in rewards and in metrics; rename one")

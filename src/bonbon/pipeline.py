@@ -24,6 +24,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.config import ModelConfig, RunConfig, TrainConfig, round_config
+from bonbon.digests import file_digest
 from bonbon.errors import BonbonError
 from bonbon.evaluation.measuring import BASE, Policy
 from bonbon.evaluation.results import Evaluation
@@ -35,7 +36,7 @@ from bonbon.models import load_policy
 from bonbon.progress import progress_bar
 from bonbon.prompts import hold_out
 from bonbon.reward import score_groups
-from bonbon.run_folder import RunFolder, file_digest
+from bonbon.run_folder import RunFolder
 from bonbon.sampling import TransformersSampler
 from bonbon.stages import (
     build_reward,
@@ -55,6 +56,7 @@ def sample(folder: RunFolder) -> None:
     config = folder.config
     _refuse_rounds(config)
     rows, _ = load_prompts(config)
+    folder.refuse("compare", what="a comparison")
     folder.begin("sample", _sample_settings(config))
     if folder.is_finished("sample", folder.samples):
         return
@@ -320,7 +322,11 @@ def evaluate(folder: RunFolder) -> Evaluation:
     seen = sum(
         json.dumps(group.prompt) in trained_on for group in read_groups(folder.evaluation / BASE)
     )
-    about = {"main": config.model_name, "prompts_trained_on": seen}
+    about = {
+        "main": config.model_name,
+        "prompts_trained_on": seen,
+        "prompts_left_out": len(rows) - evaluation.prompts,
+    }
     write_evaluation(folder, evaluation, about)
     for name in config.trainings:
         record = read_json(folder.model(name) / "training_log.json")
@@ -372,6 +378,7 @@ def run(folder: RunFolder) -> Evaluation:
 def _run_rounds(folder: RunFolder) -> None:
     """Rounds of sample, score and train, each in a run folder `round-R/`; then the models."""
     config = folder.config
+    folder.refuse("compare", what="a comparison")
     folder.begin("rounds", _rounds_settings(config))
     base: Path | str = config.model.name
     steps = []

@@ -8,10 +8,12 @@ and the completion, so that no reward can silently change a result.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.batching import kept_when_cut, token_batches
+from bonbon.digests import file_digest
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Prompt, as_text
 from bonbon.logprobs import forward_parameters
@@ -69,6 +72,14 @@ class FunctionReward:
         if not callable(function):
             raise BonbonError(f"reward function {name!r} is not a function")
         return cls(name, function)
+
+    def digest(self) -> str | None:
+        """A hash of the file that the function is written in; None where there is none."""
+        try:
+            file = inspect.getsourcefile(inspect.unwrap(self.function))
+        except TypeError:  # not written in Python
+            return None
+        return file_digest(Path(file)) if file else None
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         try:

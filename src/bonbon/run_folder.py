@@ -9,7 +9,6 @@ not compared.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from bonbon.errors import BonbonError
 from bonbon.files import read_json, write_json, write_text
 from bonbon.groups import shard_paths
 
-_NEUTRAL = ("max_batch_tokens", "device")
+NEUTRAL = ("max_batch_tokens", "device")
 
 
 class RunFolder:
@@ -105,6 +104,15 @@ class RunFolder:
         dump = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_text(self.path / "config.yaml", dump)
 
+    def forget(self, stage: str) -> None:
+        """Drop a stage's note, where nothing came of it."""
+        (self._notes / f"{stage}.json").unlink(missing_ok=True)
+
+    def refuse(self, *stages: str, what: str) -> None:
+        """Raise BonbonError when the folder holds one of the stages, since it is `what`."""
+        if any((self._notes / f"{stage}.json").exists() for stage in stages):
+            raise BonbonError(f"{self.path} holds {what}; choose another --out")
+
     def compare(self, stage: str, settings: Mapping[str, Any]) -> None:
         """Compare a stage's settings with those it was begun with, if it was.
 
@@ -162,17 +170,5 @@ def _binding(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in flatten(settings).items()
-        if key.rsplit(".", 1)[-1] not in _NEUTRAL
+        if key.rsplit(".", 1)[-1] not in NEUTRAL
     }
-
-
-def file_digest(path: Path) -> str:
-    """A short hash of a file's content."""
-    digest = hashlib.blake2b(digest_size=8)
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise BonbonError(f"cannot read {path}: {error.strerror or error}") from error
-    return digest.hexdigest()

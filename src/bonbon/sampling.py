@@ -145,10 +145,14 @@ def _truncated(prompt: EncodedPrompt, max_tokens: int, special: list[int]) -> En
     return EncodedPrompt(prompt.prompt_id, prompt.prompt, ids)
 
 
-def warped_log_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+def warped_log_probs(
+    logits: torch.Tensor, config: SamplingConfig, drawn: torch.Tensor | None = None
+) -> torch.Tensor:
     """Next-token log-probabilities under the sampling settings, (rows, vocabulary), in nats.
 
-    Computed in float32, or in float64 for float64 logits.
+    Computed in float32, or in float64 for float64 logits. `drawn`, (rows,), are tokens that top-k
+    and top-p are known to have left: computed again in another batch, in 16 bits, a cut may fall
+    one token short.
     """
     scores = full_precision(logits)
     warpers = LogitsProcessorList()
@@ -158,7 +162,11 @@ def warped_log_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tens
         warpers.append(TopKLogitsWarper(config.top_k))
     if config.top_p < 1:
         warpers.append(TopPLogitsWarper(config.top_p))
-    return warpers(None, scores).log_softmax(dim=-1)
+    warped = warpers(None, scores)
+    if drawn is not None and config.truncates:
+        kept = scores.gather(-1, drawn[:, None]) / config.temperature
+        warped = warped.scatter(-1, drawn[:, None], kept.to(warped.dtype))
+    return warped.log_softmax(dim=-1)
 
 
 def draw_tokens(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

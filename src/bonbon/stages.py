@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.config import ModelConfig, PromptsConfig, RewardConfig, RunConfig
+from bonbon.digests import weights_digest
 from bonbon.errors import BonbonError
 from bonbon.groups import (
     Group,
@@ -26,6 +27,7 @@ from bonbon.models import load_policy
 from bonbon.progress import progress_bar
 from bonbon.prompts import PromptRow, hold_out, read_prompts
 from bonbon.reward import FunctionReward, Reward, RewardModel, WeightedSum
+from bonbon.run_folder import NEUTRAL
 from bonbon.sampling import EncodedPrompt, TransformersSampler
 
 # --- what the configuration names -----------------------------------------------------------------
@@ -51,6 +53,31 @@ def build_reward(config: RewardConfig) -> Reward:
 def described(settings: RewardConfig) -> dict[str, Any]:
     """A reward's settings as plain values, defaults left out."""
     return settings.model_dump(mode="json", exclude_defaults=True)
+
+
+def reward_identity(settings: RewardConfig) -> dict[str, Any]:
+    """What tells one reward from another: its settings, its function's file, its model's weights.
+
+    A function's file alone: what it imports may change without being noticed. Raises BonbonError
+    when the function cannot be imported.
+    """
+    identity = described(settings)
+    if settings.sum:
+        identity["sum"] = [reward_identity(part) for part in settings.sum]
+    elif settings.function:
+        identity["code"] = FunctionReward.from_name(settings.function).digest()
+    else:
+        identity["weights"] = weights_digest(Path(str(settings.model)).expanduser())
+    for neutral in NEUTRAL:
+        identity.pop(neutral, None)
+    return identity
+
+
+def evaluation_prompts(config: RunConfig) -> list[PromptRow]:
+    """The prompts to evaluate on alone."""
+    if config.evaluation.prompts is not None:
+        return _read(config.evaluation.prompts)
+    return load_prompts(config)[1]
 
 
 def load_prompts(config: RunConfig) -> tuple[list[PromptRow], list[PromptRow]]:

@@ -133,12 +133,20 @@ def best_of_k_curve(
         for name, judge in {"": rewards, **(further or {})}.items()
     }
 
-    def figures(per_prompt: Floats, basis: Callable[[int], float]) -> list[Figure]:
+    def figures(
+        per_prompt: Floats, basis: Callable[[int], float], highest: float = math.inf
+    ) -> list[Figure]:
         values = per_prompt @ _continued(n, ks, basis).T
-        return [bootstrap([column], lambda mean: mean, resamples) for column in values.T]
+        # A line may leave what a win rate can be.
+        return [
+            bootstrap([column], lambda mean: np.minimum(mean, highest), resamples)
+            for column in values.T
+        ]
 
     reward_figures = figures(own, expected_normal_maximum)
-    win_figures = {name: figures(values, lambda k: k / (k + 1)) for name, values in wins.items()}
+    win_figures = {
+        name: figures(values, lambda k: k / (k + 1), 1.0) for name, values in wins.items()
+    }
     return [
         BestOfK(
             k=k,

@@ -42,7 +42,9 @@ from bonbon.tilt import (
 )
 
 # Distinct completions have to hold all of the base model's mass but this for their KL to be exact.
-_MISSING_MASS = 1e-6
+_MISSING_MASS = 1e-4
+# What sums of weights may be off by; a win rate this near to ½ is ½.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -369,27 +371,28 @@ class Evaluator:
         Best-of-N of a model M has KL(M_N ‖ M) + E_{M_N}[ln M/π0]: the closed form, and the plain
         log-ratio of what it answers with.
         """
-        metrics = draws.groups[0].metrics
-        found = {
-            name: self._values(draws.groups, partial(_metric, key), weights)
-            for name, key in KL_METRICS.items()
-            if key in metrics
-        }
-        if draws.best_of == 1 or not found:
+        found = self._estimates(draws.groups, weights)
+        if draws.best_of == 1:
             return found
-        return {"plain": found["plain"] + BestOfN(draws.best_of).kl()}
+        return {"plain": found["plain"] + BestOfN(draws.best_of).kl()} if "plain" in found else {}
 
     def _forward_kl(self, draws: Draws) -> dict[str, Figure] | None:
         """The estimates of KL(base ‖ policy); None where it was not measured, or is infinite."""
         if draws.forward is None or draws.best_of > 1:
             return None
-        forward = draws.forward
+        found = self._estimates(draws.forward)
+        return {name: self._mean(values) for name, values in found.items()} or None
+
+    def _estimates(
+        self, groups: Sequence[Group], weights: Sequence[Floats] | None = None
+    ) -> dict[str, Floats]:
+        """The KL estimates among the groups' metrics; none where the KL is infinite."""
         found = {
-            name: self._values(forward, partial(_metric, key)) for name, key in KL_METRICS.items()
+            name: self._values(groups, partial(_metric, key), weights)
+            for name, key in KL_METRICS.items()
+            if key in groups[0].metrics
         }
-        if not all(np.isfinite(values).all() for values in found.values()):
-            return None
-        return {name: self._mean(values) for name, values in found.items()}
+        return found if all(np.isfinite(values).all() for values in found.values()) else {}
 
     def _mean(self, per_prompt: Floats) -> Figure:
         return self._figure(lambda mean: mean, per_prompt)
@@ -427,14 +430,14 @@ def _metric(name: str, group: Group) -> Floats:
 
 def _recovered(win: ArrayLike, best: ArrayLike) -> Floats:
     gain = np.asarray(best) - 0.5
-    # A reward that tells nothing apart gives best-of-n nothing to gain.
-    return np.divide(np.asarray(win) - 0.5, gain, out=np.zeros_like(gain), where=gain > 0)
+    # A reward that tells nothing apart gives best-of-n nothing to gain, up to rounding.
+    return np.divide(np.asarray(win) - 0.5, gain, out=np.zeros_like(gain), where=gain > ROUNDING)
 
 
 def kl_efficiency(win: ArrayLike, kl: ArrayLike) -> Floats:
     """The least KL for a win rate over the KL spent (nats), elementwise; 0 for half or less."""
     wins, kls = np.broadcast_arrays(np.asarray(win, np.float64), np.asarray(kl, np.float64))
-    gains = (wins > 0.5) & (kls > 0)
+    gains = (wins > 0.5 + ROUNDING) & (kls > 0)
     # At a win rate of 1 in a sample the least KL would be infinite; the sample cannot tell.
     least = optimal_kl(np.clip(wins, 0.5, 1 - 1e-6))
     return np.asarray(np.where(gains, least / np.where(kls > 0, kls, 1.0), 0.0))

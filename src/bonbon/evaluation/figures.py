@@ -40,8 +40,9 @@ def bootstrap(
     """A statistic of means over prompts, with its bootstrap 95% interval over prompts.
 
     The expanded percentile interval (Hesterberg 2015, arXiv 1411.5279): percentiles a
-    little further out, so that for few prompts a mean's interval is as wide as Student's and not
-    too narrow.
+    little further out, so that for few prompts a mean's interval is not too narrow. For fewer than
+    ten prompts it is Student's interval with the jackknife's standard error; one prompt has none,
+    and its interval is the value alone.
 
     Args:
         per_prompt: arrays of shape (prompts,), resampled together.
@@ -50,10 +51,26 @@ def bootstrap(
     columns = np.stack([np.asarray(values, dtype=np.float64) for values in per_prompt])
     value = float(np.asarray(statistic(*columns.mean(axis=1))))
     prompts = columns.shape[1]
+    if 1 < prompts < _FEWEST_TO_RESAMPLE:
+        return _jackknife(columns, statistic, value)
     means = columns @ _resampled(prompts, resamples, seed).T / prompts
     tail = _tail(prompts)
     low, high = np.quantile(np.asarray(statistic(*means)), [tail, 1 - tail])
     return Figure(value, float(low), float(high))
+
+
+# Resamples of fewer prompts are too few different ones to have percentiles.
+_FEWEST_TO_RESAMPLE = 10
+
+
+def _jackknife(columns: Floats, statistic: Callable[..., ArrayLike], value: float) -> Figure:
+    """Student's interval about the value, by the jackknife's standard error."""
+    prompts = columns.shape[1]
+    without = (columns.sum(axis=1, keepdims=True) - columns) / (prompts - 1)
+    left = np.asarray(statistic(*without), dtype=np.float64)
+    error = ((prompts - 1) / prompts * np.sum((left - left.mean()) ** 2)) ** 0.5
+    half = float(stdtrit(prompts - 1, 0.975) * error)
+    return Figure(value, value - half, value + half)
 
 
 @lru_cache(maxsize=64)

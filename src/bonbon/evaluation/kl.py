@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from bonbon.batching import pad_rows, token_batches
 from bonbon.config import SamplingConfig
 from bonbon.groups import Group
-from bonbon.logprobs import full_precision, last_logits
+from bonbon.logprobs import last_logits
 from bonbon.models import forward_batch_tokens
 from bonbon.sampling import warped_log_probs
 
@@ -68,7 +68,7 @@ def completion_kls(
 
     Args:
         groups: the policy's completions; both models read their token ids, so their vocabularies
-            have to be the same.
+            have to be the same. Where one's head is wider (padded), both are cut to the narrower.
         sampling: the settings that make the policy out of its model; None: temperature 1.
         base_sampling: the base's; None: the policy's. Where the base cannot draw what the policy
             can (top-k, top-p) the KL is infinite.
@@ -86,7 +86,7 @@ def completion_kls(
     # Both models' logits over the whole vocabulary are held at once.
     max_tokens = min(
         forward_batch_tokens(max_batch_tokens, policy.device),
-        _LOGITS // policy.config.get_text_config().vocab_size,
+        _LOGITS // vocabulary_size(policy),
     )
     for batch in token_batches(rows, lengths, max_tokens):
         chosen = [rows[index] for index in batch]
@@ -95,6 +95,11 @@ def completion_kls(
             for (index, k, _, _), value in zip(chosen, values, strict=True):
                 found[index][name][k] = value
     return [CompletionKLs(**{name: tuple(v) for name, v in group.items()}) for group in found]
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The width of a model's head; tokenizers may use less of it."""
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _row_kls(
@@ -106,7 +111,9 @@ def _row_kls(
     padded = pad_rows([row[2] for row in rows], [row[3] for row in rows], 0)
     mask = padded.completion_mask.bool()
     width = mask.shape[1]
-    log_probs = []
+    drawn = padded.completion_ids[mask]
+    vocabulary = min(vocabulary_size(model) for model in models)
+    log_probs: list[torch.Tensor] = []
     for model, sampling in zip(models, settings, strict=True):
         logits = last_logits(
             model,
@@ -116,11 +123,11 @@ def _row_kls(
             position_ids=padded.position_ids.to(model.device),
             use_cache=False,
         )[:, :-1][mask.to(model.device)]  # steps of completions alone: (steps, vocabulary)
-        log_probs.append(warped_log_probs(full_precision(logits), sampling))
+        by_policy = None if log_probs else drawn.to(model.device)
+        log_probs.append(warped_log_probs(logits[:, :vocabulary], sampling, by_policy))
     ours, theirs = log_probs[0], log_probs[1].to(log_probs[0].device)
-    drawn = padded.completion_ids[mask].to(ours.device)
     sums = {}
-    for name, steps in _step_kls(ours, theirs, drawn).items():
+    for name, steps in _step_kls(ours, theirs, drawn.to(ours.device)).items():
         by_row = torch.zeros(mask.shape, dtype=torch.float64)
         by_row[mask] = steps.double().cpu()
         sums[name] = [float(kl) for kl in by_row.sum(dim=-1)]

@@ -19,10 +19,11 @@ import numpy as np
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.config import ModelConfig, RunConfig, SamplingConfig
+from bonbon.config import ModelConfig, RewardConfig, RunConfig, SamplingConfig
+from bonbon.digests import file_digest
 from bonbon.evaluation.evaluator import KL_METRICS
 from bonbon.evaluation.human_text import TextLosses, human_text_losses, read_texts
-from bonbon.evaluation.kl import completion_kls
+from bonbon.evaluation.kl import completion_kls, vocabulary_size
 from bonbon.evaluation.results import Draws
 from bonbon.files import read_json, write_json
 from bonbon.groups import (
@@ -39,10 +40,17 @@ from bonbon.groups import (
 )
 from bonbon.progress import progress_bar
 from bonbon.prompts import PromptRow
-from bonbon.reward import FunctionReward, Reward, score_groups
-from bonbon.run_folder import RunFolder, file_digest
+from bonbon.reward import Reward, score_groups
+from bonbon.run_folder import RunFolder
 from bonbon.sampling import TransformersSampler
-from bonbon.stages import build_reward, described, load_model, sample_shards, transform_shards
+from bonbon.stages import (
+    build_reward,
+    described,
+    load_model,
+    reward_identity,
+    sample_shards,
+    transform_shards,
+)
 
 BASE = "base"
 Loader = Callable[[], tuple[PreTrainedModel, Tokenizer]]
@@ -83,38 +91,57 @@ def measure_policies(
     Goes on where it was stopped, and loads a model only for what is still missing. Raises
     BonbonError when a model, a reward or a metric fails.
     """
-    config = folder.config
     load_base = cache(partial(load_model, policies[0].model))
-    rewards = _rewards(config)
-    losses, tasks = {}, {}
+    rewards = _rewards(folder.config)
+    loaders = {policies[0].model: load_base}
+    found = {}
     for policy in policies:
-        load = load_base if policy.name == BASE else cache(partial(load_model, policy.model))
-        _draw(folder, policy, load, rows)
-        if policy.name == BASE:
-            _measure(folder, BASE, rewards)
-        else:
-            kl = _kl_column(config, policy, load, load_base)
-            _measure(folder, policy.name, rewards | {"kl": kl})
-        if policy.best_of == 1:
-            if policy.name != BASE:
-                _measure_forward(folder, policy, load, load_base)
-            losses[policy.name] = _text_losses(folder, policy.name, load)
-            tasks[policy.name] = _tasks(folder, policy.name, load)
-    return {
-        it.name: Measured(_draws(folder, it), losses.get(it.name), tasks.get(it.name))
-        for it in policies
-    }
+        if policy.model not in loaders:  # the model before this one is let go
+            loaders = {
+                policies[0].model: load_base,
+                policy.model: cache(partial(load_model, policy.model)),
+            }
+        found[policy.name] = _measured(
+            folder, policy, loaders[policy.model], load_base, rows, rewards
+        )
+    return found
+
+
+def _measured(
+    folder: RunFolder,
+    policy: Policy,
+    load: Loader,
+    load_base: Loader,
+    rows: Sequence[PromptRow],
+    rewards: Mapping[str, Column],
+) -> Measured:
+    _draw(folder, policy, load, rows)
+    if policy.name == BASE:
+        _measure(folder, BASE, rewards)
+    else:
+        kl = _kl_column(folder.config, policy, load, load_base)
+        _measure(folder, policy.name, {**rewards, "kl": kl})
+    if policy.best_of > 1:  # what it is the best of is measured by itself, if anyone asks
+        return Measured(_draws(folder, policy), None, None)
+    if policy.name != BASE:
+        _measure_forward(folder, policy, load, load_base)
+    return Measured(
+        _draws(folder, policy),
+        _text_losses(folder, policy.name, load),
+        _tasks(folder, policy.name, load),
+    )
 
 
 # --- drawing and measuring ------------------------------------------------------------------------
 
 
-def _drawn(folder: RunFolder, name: str) -> Path:
+def drawn_folder(folder: RunFolder, name: str) -> Path:
+    """Where a policy's draws lie."""
     return folder.evaluation / f"{name}-samples"
 
 
 def _draw(folder: RunFolder, policy: Policy, load: Loader, rows: Sequence[PromptRow]) -> None:
-    target, stage = _drawn(folder, policy.name), f"draw-{policy.name}"
+    target, stage = drawn_folder(folder, policy.name), f"draw-{policy.name}"
     if folder.is_finished(stage, target):
         return
     config = folder.config
@@ -140,16 +167,12 @@ def _rewards(config: RunConfig) -> dict[str, Column]:
         return [g.with_metric(name, s) if name else g.with_rewards(s) for g, s in pairs]
 
     evaluation = config.evaluation
-    columns = {
-        name: Column(described(reward), partial(scored, cache(partial(build_reward, reward)), name))
-        for name, reward in {"": config.reward, **evaluation.rewards}.items()
-    }
-    return columns | {
+    metrics = {name: RewardConfig(function=it) for name, it in evaluation.metrics.items()}
+    return {
         name: Column(
-            {"function": function},
-            partial(scored, cache(partial(FunctionReward.from_name, function)), name),
+            reward_identity(reward), partial(scored, cache(partial(build_reward, reward)), name)
         )
-        for name, function in evaluation.metrics.items()
+        for name, reward in {"": config.reward, **evaluation.rewards, **metrics}.items()
     }
 
 
@@ -167,7 +190,7 @@ def _kl_sampling(config: RunConfig, policy: Policy) -> tuple[SamplingConfig, Sam
     """The settings under which the KL of policy and base is taken.
 
     With top-k or top-p on the base the supports differ and the KL of the cut distributions can be
-    infinite, so it is that of the models at their temperatures.
+    infinite, so it is that of the models at their temperatures, along what the cut policy drew.
     """
     keys = {"temperature"} if config.sampling.truncates else {"temperature", "top_p", "top_k"}
     own, base = policy.sampling, config.sampling
@@ -184,7 +207,10 @@ def _with_kls(
 ) -> list[Group]:
     """The groups with KLs from the policy that drew them; unchanged for another vocabulary."""
     (model, tokenizer), (reference, reference_tokenizer) = drawn_from[0](), other[0]()
-    if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
+    largest = max(token for group in groups for ids in group.token_ids for token in ids)
+    if tokenizer.get_vocab() != reference_tokenizer.get_vocab() or largest >= min(
+        vocabulary_size(model), vocabulary_size(reference)
+    ):
         return list(groups)
     kls = completion_kls(
         model,
@@ -194,8 +220,10 @@ def _with_kls(
         base_sampling=other[1],
         max_batch_tokens=config.evaluation.max_batch_tokens,
     )
+    # Of models whose cut policies drew, the terms of drawn tokens estimate something else.
+    names = ["rao_blackwellised"] if config.sampling.truncates else list(KL_METRICS)
     found = list(groups)
-    for estimate, name in KL_METRICS.items():
+    for estimate, name in ((name, KL_METRICS[name]) for name in names):
         found = [
             group.with_metric(name, getattr(kl, estimate))
             for group, kl in zip(found, kls, strict=True)
@@ -205,7 +233,7 @@ def _with_kls(
 
 def _measure(folder: RunFolder, name: str, columns: Mapping[str, Column]) -> None:
     """Compute what the shards of `evaluation/NAME/` lack of the columns."""
-    source, target = _drawn(folder, name), folder.evaluation / name
+    source, target = drawn_folder(folder, name), folder.evaluation / name
     todo = {
         index: missing
         for index in shard_indices(source)
@@ -225,7 +253,7 @@ def _measure(folder: RunFolder, name: str, columns: Mapping[str, Column]) -> Non
             before = shard.provenance if path.exists() else {}
             provenance = shard.provenance | {
                 "columns": {key: dict(column.settings) for key, column in columns.items()},
-                "reward": dict(columns[""].settings),
+                "reward": described(folder.config.reward),
                 "seconds": before.get("seconds", 0.0) + time.monotonic() - began,
             }
             write_shard(path, groups, provenance)
@@ -295,6 +323,9 @@ def _tasks(folder: RunFolder, name: str, load: Loader) -> list[dict[str, Any]] |
         return [result.to_json() for result in run_tasks(lm_eval, *load())]
 
     settings = lm_eval.model_dump(mode="json", exclude={"batch_size"})
+    if lm_eval.include_path is not None:
+        files = sorted(lm_eval.include_path.rglob("*.yaml"))
+        settings["content"] = [file_digest(path) for path in files]
     return list(_kept(folder.evaluation / f"{name}-tasks.json", settings, measured))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -102,6 +102,15 @@ class Draws:
     groups: Sequence[Group]
     best_of: int = 1
     forward: Sequence[Group] | None = None
+
+    def on_prompts(self, ids: Collection[str]) -> Draws:
+        """The draws for these prompts alone, in their order."""
+
+        def kept(groups: Sequence[Group]) -> list[Group]:
+            return [group for group in groups if group.prompt_id in ids]
+
+        forward = None if self.forward is None else kept(self.forward)
+        return Draws(kept(self.groups), self.best_of, forward)
 
 
 @dataclass(frozen=True)

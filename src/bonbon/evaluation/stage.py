@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from bonbon.config import JudgeConfig
+from bonbon.errors import BonbonError
 from bonbon.evaluation.drift import metrics_for
-from bonbon.evaluation.evaluator import Evaluator, best_draw
+from bonbon.evaluation.evaluator import ROUNDING, Evaluator, best_draw
 from bonbon.evaluation.human_text import TextLosses, bits_per_byte, forgetting, perplexity
 from bonbon.evaluation.measuring import BASE, Measured, Policy, measure_policies
 from bonbon.evaluation.results import (
@@ -42,7 +44,7 @@ def evaluate_policies(
     Raises BonbonError when a model, a reward, a metric or the judge fails; what was drawn, measured
     or judged until then is kept.
     """
-    measured = measure_policies(folder, policies, rows)
+    measured = _on_common_prompts(measure_policies(folder, policies, rows))
     config = folder.config.evaluation
     evaluator = Evaluator(
         measured[BASE].draws.groups,
@@ -74,6 +76,18 @@ def evaluate_policies(
     )
 
 
+def _on_common_prompts(measured: Mapping[str, Measured]) -> dict[str, Measured]:
+    """What was drawn for the prompts that all policies have.
+
+    With `on_long_prompt: skip` a prompt may be too long for one model's tokenizer alone.
+    """
+    ids = [[group.prompt_id for group in it.draws.groups] for it in measured.values()]
+    common = set.intersection(*map(set, ids))
+    if not common:
+        raise BonbonError("no prompt is short enough for all of the policies")
+    return {name: replace(it, draws=it.draws.on_prompts(common)) for name, it in measured.items()}
+
+
 Models = dict[str, ModelEvaluation]
 
 
@@ -102,7 +116,7 @@ def _with_length_control(
 
 def _equal_win_rate(models: Models) -> float | None:
     """The least win rate of the policies that win for sure, if there are two of them."""
-    gains = [it.win_rate.value for it in models.values() if it.win_rate.low > 0.5]
+    gains = [it.win_rate.value for it in models.values() if it.win_rate.low > 0.5 + ROUNDING]
     return min(gains) if len(gains) > 1 else None
 
 
@@ -150,10 +164,18 @@ def _task_rows(
     from bonbon.harness import TaskResult, task_changes
 
     results = [[TaskResult.from_json(row) for row in rows] for rows in (before, after)]
-    return [
-        row | {"change": change.change, "change_low": change.low, "change_high": change.high}
-        for row, change in zip(after, task_changes(*results), strict=True)
+    changes = [
+        {"change": change.change, "change_low": change.low, "change_high": change.high}
+        for change in task_changes(*results)
     ]
+    return [
+        row | {key: value if _is_finite(value) else None for key, value in change.items()}
+        for row, change in zip(after, changes, strict=True)
+    ]
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 # --- the judge ------------------------------------------------------------------------------------
@@ -232,18 +254,20 @@ def write_evaluation(folder: RunFolder, evaluation: Evaluation, about: Mapping[s
             **about,
             **evaluation.to_json(),
             "metrics": metrics,
-            "cost": _cost(folder),
+            "cost": _cost(folder, evaluation.models),
         },
     )
     folder.write_config()
     plot_win_rate_against_kl(evaluation.models, evaluation.n, folder.evaluation / "win_rate_kl.png")
 
 
-def _cost(folder: RunFolder) -> dict[str, Any]:
+def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
     """Tokens drawn and seconds spent; None where a stage did not note them."""
     rounds = sorted(folder.path.glob("round-*"))
     parts = rounds or [folder.path]
-    measured = [path for path in folder.evaluation.iterdir() if path.is_dir()]
+    endings = ("", "-samples", "-forward")
+    places = [folder.evaluation / f"{name}{ending}" for name in policies for ending in endings]
+    measured = [path for path in places if path.is_dir()]
     samples = [path for path in measured if path.name.endswith("-samples")]
     cost: dict[str, Any] = {
         "evaluation": {"tokens": _total(samples, "tokens"), "seconds": _total(measured, "seconds")}

@@ -13,6 +13,8 @@ from bonbon.report.data import Policy, Run
 from bonbon.report.numbers import Shown, in_brackets, number, of_100, shown, whole_share
 from bonbon.report.ranking import ranking
 
+_FEW = 20  # prompts; below, intervals cover less than they claim
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -220,4 +222,14 @@ def _warnings(run: Run) -> Iterator[str]:
         yield (
             f"Caution: {number(seen)} of the {number(run.evaluation.get('prompts'))} prompts were "
             "trained on too, which flatters a trained model."
+        )
+    if left_out := run.evaluation.get("prompts_left_out"):
+        yield (
+            f"Caution: {number(left_out)} prompts were too long for at least one of the models and "
+            "are left out."
+        )
+    if (prompts := run.evaluation.get("prompts") or 0) and prompts < _FEW:
+        yield (
+            f"Caution: {number(prompts)} prompts are too few to decide by, whatever the intervals "
+            "say."
         )
