@@ -386,11 +386,11 @@ class Evaluator:
     def _estimates(
         self, groups: Sequence[Group], weights: Sequence[Floats] | None = None
     ) -> dict[str, Floats]:
-        """The KL estimates among the groups' metrics; none where the KL is infinite."""
+        """The KL estimates that all groups have; none where the KL is infinite."""
         found = {
             name: self._values(groups, partial(_metric, key), weights)
             for name, key in KL_METRICS.items()
-            if key in groups[0].metrics
+            if all(key in group.metrics for group in groups)
         }
         return found if all(np.isfinite(values).all() for values in found.values()) else {}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,8 @@ def _with_kls(
 ) -> list[Group]:
     """The groups with KLs from the policy that drew them; unchanged for another vocabulary."""
     (model, tokenizer), (reference, reference_tokenizer) = drawn_from[0](), other[0]()
-    largest = max(token for group in groups for ids in group.token_ids for token in ids)
+    drawn = (token for group in groups for ids in group.token_ids for token in ids)
+    largest = max(drawn, default=0)
     if tokenizer.get_vocab() != reference_tokenizer.get_vocab() or largest >= min(
         vocabulary_size(model), vocabulary_size(reference)
     ):
@@ -247,7 +248,7 @@ def _measure(folder: RunFolder, name: str, columns: Mapping[str, Column]) -> Non
             path = shard_path(target, index)
             shard = read_shard(path if path.exists() else shard_path(source, index))
             began = time.monotonic()
-            groups = list(shard)
+            groups = [_with_only(group, columns) for group in shard]
             for column in missing:
                 groups = columns[column].compute(groups)
             before = shard.provenance if path.exists() else {}
@@ -258,6 +259,13 @@ def _measure(folder: RunFolder, name: str, columns: Mapping[str, Column]) -> Non
             }
             write_shard(path, groups, provenance)
             bar.advance(len(groups))
+
+
+def _with_only(group: Group, columns: Mapping[str, Column]) -> Group:
+    """The group without metrics that are no longer asked for."""
+    wanted = {*columns, *KL_METRICS.values()}
+    kept = {name: values for name, values in group.metrics.items() if name in wanted}
+    return replace(group, metrics=kept)
 
 
 def _missing(path: Path, columns: Mapping[str, Column]) -> list[str]:
