@@ -674,13 +674,17 @@ PIECES = st.one_of(
 
 @settings(deadline=None, max_examples=300, derandomize=True)
 @given(st.lists(PIECES))
-def test_the_last_mark_decides(pieces: list[str]) -> None:
+def test_the_last_line_decides_where_its_marks_agree(pieces: list[str]) -> None:
     reply = "".join(pieces)
-    # The oracle looks for each mark from the right, in a text without the blanks inside of marks.
-    plain = re.sub(r"(?<=\[\[)\s+|\s+(?=\]\])", "", reply, flags=re.ASCII).lower()
-    starts = {mark: plain.rfind(mark.lower()) for mark in MARKS}
-    last = max(starts, key=starts.__getitem__)
-    assert parse_verdict(reply) == (MARKS[last] if starts[last] >= 0 else None)
+    # The oracle looks for each mark in a text without the blanks inside of marks.
+    plain = re.sub(r"(?<=\[\[)[^\S\n]+|[^\S\n]+(?=\]\])", "", reply, flags=re.ASCII).lower()
+    plain = re.sub(r"(?<=\[\[)\s+(?=\S+\s*\]\])", "", plain, flags=re.ASCII)
+    lines = plain.strip().split("\n")
+    for text in (lines[-1], plain):
+        found = {MARKS[mark] for mark in MARKS if mark.lower() in text}
+        if found:
+            break
+    assert parse_verdict(reply) == (found.pop() if len(found) == 1 else None)
 
 
 @pytest.mark.parametrize(
@@ -693,6 +697,11 @@ def test_the_last_mark_decides(pieces: list[str]) -> None:
         ("so it is [[A]]</think>\n\nB is kinder. [[B]]", "second"),
         ("<think>I must end with [[A]], [[B]] or [[tie]]", None),
         ("<think>[[A]]</think>Hm.", None),
+        ("Answer A leaks its <think> block.\n[[B]]", "second"),
+        ("[[A]]\n\nIt is kinder.", "first"),
+        ("Neither [[A]] nor [[B]].\nVerdict: [[tie]]\n", "tie"),
+        ("[[A]] if answer A is better, [[B]] if answer B is better, [[tie]] if not.", None),
+        ("It says [[A]], and I [[B]].\nI cannot say.", None),
     ],
 )
 def test_verdicts(reply: str, verdict: str | None) -> None:
@@ -778,11 +787,9 @@ def test_the_others_do_not_wait_for_their_timeouts(
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (400, "it was asked about prompt p0"),
         (401, "the environment variable JUDGE_KEY, which is set"),
         (403, "the environment variable JUDGE_KEY, which is set"),
         (404, "check judge.base_url, and judge.model, which is 'judge-1'"),
-        (422, "it was asked about prompt p0"),
         (307, "redirects are not followed"),
     ],
 )
@@ -807,6 +814,47 @@ def test_a_refusal_is_final_and_never_shows_the_key(
     assert KEY not in str(error.value)
     assert KEY not in caplog.text
     assert KEY.encode() not in files_text(tmp_path)
+
+
+@pytest.mark.parametrize("status", ["400", "413", "422"])
+def test_one_refused_request_does_not_end_the_run(
+    status: str, tmp_path: Path, serve: Callable[..., Stub]
+) -> None:
+    stub = serve(by_quality, lambda request, _: status if "too long" in request else "")
+    comparisons = [one(f"too long quality {i}", "quality 9") for i in range(2)]
+    comparisons += some_comparisons(20)
+    path = tmp_path / "judgements.parquet"
+    found = judge_comparisons(config_of(stub.url, concurrency=1), comparisons, path)
+    assert [math.isnan(it) for it in found] == [True] * 2 + [False] * 20
+    kept = [it for it in read_judgements(path) if it.verdict is None]
+    assert len(kept) == 4
+    assert all(f"refuses with status {status}" in it.reply for it in kept)
+    judge_comparisons(config_of(stub.url), comparisons, path)
+    assert stub.asked.total() == 2 * 22  # each once
+
+
+def test_a_judge_that_refuses_everything_ends_the_run(
+    tmp_path: Path, serve: Callable[..., Stub]
+) -> None:
+    stub = serve(by_quality, lambda _request, _attempt: "400")
+    path = tmp_path / "judgements.parquet"
+    for count, asked in ((20, 8), (1, 2)):
+        before = stub.asked.total()
+        with pytest.raises(BonbonError, match=r"refuses with status 400 .*about prompt"):
+            judge_comparisons(config_of(stub.url, concurrency=1), some_comparisons(count), path)
+        assert asked <= stub.asked.total() - before <= asked + 1
+    assert read_judgements(path) == []
+
+
+def test_failures_and_unreadable_replies_have_their_own_retries(
+    tmp_path: Path, serve: Callable[..., Stub]
+) -> None:
+    """Three of each in turn, with three retries: the seventh try gives the verdict."""
+    faults = ["503", "no verdict", "503", "no verdict", "no verdict", "503", ""]
+    stub = serve(prefers("ours"), lambda _request, attempt: faults[attempt])
+    path = tmp_path / "judgements.parquet"
+    assert judge_comparisons(config_of(stub.url), [one()], path) == [1.0]
+    assert stub.asked.total() == 2 * 7
 
 
 def test_a_key_that_the_judge_repeats_is_not_kept(

@@ -66,7 +66,9 @@ def judge_comparisons(
     A request that fails in passing (no connection, timeout, status 408, 409, 425, 429 or 5xx, an
     answer without a reply in it) is tried again up to `config.retries` times, with pauses that
     double up to a minute or are as long as the server asks for. A reply without a verdict is asked
-    for again as often, with short pauses, since the server is well.
+    for again as often, with short pauses, since the server is well. A request that is refused for
+    itself (status 400, 413 or 422: too long, or filtered) is kept as one without a verdict, unless
+    the judge refuses all it is asked.
 
     The key goes only to an https address or to this machine itself. Redirects are not followed,
     and requests to this machine pass by any proxy.
@@ -83,7 +85,14 @@ def judge_comparisons(
     try:
         if missing:
             with connected(config) as judge:
-                ask_all(judge, missing, lambda found: keep_judgement(found, path, known), report)
+                has_replied = any(it.verdict for it in known.values())
+                ask_all(
+                    judge,
+                    missing,
+                    lambda found: keep_judgement(found, path, known),
+                    report,
+                    has_replied,
+                )
     except NoReplyError as error:
         raise BonbonError(
             f"the judge at {url_of(config)} does not answer ({error}); "

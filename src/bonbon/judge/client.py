@@ -7,10 +7,11 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from bonbon.judge.endpoint import Judge, NoReplyError, ask, redacted
+from bonbon.judge.endpoint import Judge, NoReplyError, RefusedError, ask, redacted
 from bonbon.judge.questions import Question, parse_verdict, request_of
 from bonbon.judge.store import Judgement
 
@@ -20,7 +21,18 @@ _LONGEST_PAUSE = 60.0
 _GRACE = 2.0  # for the requests under way when a run is stopped
 
 _Todo = SimpleQueue[tuple[str, Question] | None]
-_Outcomes = SimpleQueue[Judgement | Exception]
+_Outcomes = SimpleQueue["Judgement | _Refused | Exception"]
+
+# So many refusals before the first reply are the configuration's fault, not the requests'.
+_MOST_REFUSED = 8
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """A request that the endpoint refused, as the judgement without a verdict that it may be."""
+
+    judgement: Judgement
+    error: RefusedError
 
 
 def ask_all(
@@ -28,8 +40,12 @@ def ask_all(
     questions: Mapping[str, Question],
     keep: Callable[[Judgement], None],
     report: Callable[[int], Any],
+    has_replied: bool,
 ) -> None:
     """Ask everything; `keep` gets each judgement as it arrives. Raises what a worker raises.
+
+    A request that is refused is kept as one without a verdict, once the judge is known to reply to
+    others (`has_replied`: it did before); until then it waits, and a few of them end the run.
 
     A worker gets its next question once its last judgement is kept, so that a killed process loses
     at most one judgement a worker. Workers are daemons: one that waits for a server that hangs must
@@ -46,13 +62,26 @@ def ask_all(
         for worker in workers:
             worker.start()
             todo.put(next(upcoming))
+        waiting: list[_Refused] = []
         for _ in questions:
             outcome = outcomes.get()
             if isinstance(outcome, Exception):
                 raise outcome
-            keep(outcome)
+            if isinstance(outcome, _Refused):
+                waiting.append(outcome)
+            else:
+                has_replied = True
+                keep(outcome)
+            if has_replied:
+                for refused in waiting:
+                    keep(refused.judgement)
+                waiting.clear()
+            elif len(waiting) == _MOST_REFUSED:
+                raise waiting[0].error
             report(1)
             todo.put(next(upcoming, None))
+        if waiting:
+            raise waiting[0].error
     finally:
         judge.stop.set()
         _wind_up(workers, todo, outcomes, keep)
@@ -62,6 +91,8 @@ def _work(judge: Judge, todo: _Todo, outcomes: _Outcomes) -> None:
     while (item := todo.get()) is not None and not judge.stop.is_set():
         try:
             outcomes.put(_judge_one(judge, *item))
+        except RefusedError as error:
+            outcomes.put(_Refused(_judgement(*item, None, str(error)), error))
         except Exception as error:  # raised again by the thread that reads the outcomes
             outcomes.put(error)
 
@@ -86,28 +117,34 @@ def _wind_up(
 
 
 def _judge_one(judge: Judge, key: str, question: Question) -> Judgement:
-    """Ask until there is a verdict or the retries are used up."""
-    comparison = question.comparison
+    """Ask until there is a verdict or the retries are used up.
+
+    A server that does not answer and a reply without a verdict have their retries each.
+    """
     request = json.dumps(request_of(judge.config, question), ensure_ascii=False)
     body = request.encode(errors="replace")  # servers refuse lone surrogates, escaped or not
-    attempt = 0
+    failed = unread = 0
     while True:
-        is_last = attempt == judge.config.retries
         try:
-            reply, is_whole = ask(judge, body, comparison.prompt_id)
+            reply, is_whole = ask(judge, body, question.comparison.prompt_id)
             verdict = parse_verdict(reply) if is_whole else None
-            if verdict is not None or is_last:
-                reply = redacted(judge, reply)
-                where = (comparison.prompt_id, comparison.draw, question.swapped)
-                return Judgement(key, *where, verdict, reply)
+            if verdict is not None or unread == judge.config.retries:
+                return _judgement(key, question, verdict, redacted(judge, reply))
+            unread += 1
             pause = _pause(0)
         except NoReplyError as error:
-            if is_last:
+            if failed == judge.config.retries:
                 raise
-            pause = max(_pause(attempt), error.retry_after)
+            pause = max(_pause(failed), error.retry_after)
+            failed += 1
         if judge.stop.wait(pause):
             raise NoReplyError("stopped")
-        attempt += 1
+
+
+def _judgement(key: str, question: Question, verdict: str | None, reply: str) -> Judgement:
+    comparison = question.comparison
+    place = (comparison.prompt_id, comparison.draw, question.swapped)
+    return Judgement(key, *place, verdict, reply)
 
 
 def _pause(attempt: int) -> float:

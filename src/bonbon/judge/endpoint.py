@@ -20,6 +20,7 @@ from bonbon.errors import BonbonError
 
 _LONGEST_RETRY_AFTER = 600.0  # seconds that a server may ask for
 _PASSING = {408, 409, 425, 429}  # and every 5xx
+_OF_ONE_REQUEST = {400, 413, 422}
 _SHORTEST_SECRET = 8  # shorter ones ("EMPTY", "x") only fill the place of a key
 
 
@@ -108,11 +109,16 @@ def url_of(config: JudgeConfig) -> str:
     return f"{config.base_url.rstrip('/')}/chat/completions"
 
 
+class RefusedError(BonbonError):
+    """The endpoint does not want this one request: too long for it, or filtered."""
+
+
 def ask(judge: Judge, body: bytes, prompt_id: str) -> tuple[str, bool]:
     """The reply to one request, and whether it came to its own end.
 
     A reply that was cut at its limit of tokens never reached its last line. Raises NoReplyError
-    where it is worth another try, else BonbonError.
+    where it is worth another try, RefusedError for what may be this request's fault alone, else
+    BonbonError.
     """
     try:
         status, retry_after, content = _post(judge, body)
@@ -167,7 +173,8 @@ def _refusal(judge: Judge, status: int, content: bytes, prompt_id: str) -> Bonbo
     hint = hints.get(status, f"it was asked about prompt {prompt_id}")
     if status < 400:
         hint = "redirects are not followed; set judge.base_url to where it leads"
-    return BonbonError(
+    kind = RefusedError if status in _OF_ONE_REQUEST else BonbonError
+    return kind(
         f"the judge at {url_of(judge.config)} refuses with status {status} "
         f"({_said(judge, content)}); {hint}"
     )

@@ -100,14 +100,24 @@ def key_of(config: JudgeConfig, question: Question) -> str:
 
 
 def parse_verdict(reply: str) -> str | None:
-    """'first', 'second' or 'tie', by the last [[A]], [[B]], [[C]] or [[tie]]; None without one.
+    """'first', 'second' or 'tie', by the marks [[A]], [[B]], [[C]] or [[tie]]; None without one.
 
-    Upper and lower case are the same. What a reasoning model thinks, up to `</think>` (or from a
-    `<think>` that is never closed), is no part of its verdict.
+    The last line decides; where it has no mark, all marks of the reply together. Marks that do not
+    agree are no verdict: such a line repeats what it was asked for. Upper and lower case are the
+    same. What a reasoning model thinks, up to `</think>` (or from a `<think>` at the beginning that
+    is never closed), is no part of its verdict.
     """
-    said = reply.rpartition("</think>")[2].partition("<think>")[0]
-    marks = re.findall(r"\[\[\s*(a|b|c|tie)\s*\]\]", said, re.IGNORECASE | re.ASCII)
-    return _VERDICTS[marks[-1].lower()] if marks else None
+    said = reply.rpartition("</think>")[2].strip()
+    if said.startswith("<think>"):
+        return None
+    last_line = said.rpartition("\n")[2]
+    marks = _marks(last_line) or _marks(said)
+    return marks.pop() if len(marks) == 1 else None
+
+
+def _marks(text: str) -> set[str]:
+    found = re.findall(r"\[\[\s*(a|b|c|tie)\s*\]\]", text, re.IGNORECASE | re.ASCII)
+    return {_VERDICTS[mark.lower()] for mark in found}
 
 
 def preference_of(
