@@ -337,7 +337,7 @@ def test_own_metrics_are_those_that_are_measured() -> None:
         parse_config(MINIMAL | {"evaluation": both})
 
 
-@pytest.mark.parametrize("name", ["kl", "", "a/b"])
+@pytest.mark.parametrize("name", ["kl", "kl_x", "reward", "tokens", "", "a/b"])
 def test_a_further_reward_s_name_is_checked(name: str) -> None:
     said = complaint(evaluation={"rewards": {name: {"model": "r"}}})
     assert said.startswith("the configuration: evaluation")

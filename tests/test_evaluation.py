@@ -348,3 +348,13 @@ def _drawn(rng: np.random.Generator, laws: Floats, count: int) -> Floats:
     uniforms = rng.random((len(laws), count))
     below = uniforms[:, :, None] > laws.cumsum(axis=1)[:, None, :]
     return np.minimum(below.sum(axis=2), laws.shape[1] - 1).astype(np.float64)
+
+
+def test_ties_and_what_a_further_reward_takes_away() -> None:
+    got = EVALUATOR.model(Draws(OURS))
+    # a: of 2 and 0.5 none ties with 0 or 1; b: 5 ties twice with 5 and 5, 6 never.
+    assert got.tie_rate is not None
+    assert got.tie_rate.value == pytest.approx((0 + 0.5) / 2)
+    assert got.win_rate_loss_by["other"].value == pytest.approx(
+        got.win_rate.value - got.win_rate_by["other"].value
+    )

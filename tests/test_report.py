@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import warnings
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
@@ -23,6 +24,7 @@ from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure
 from bonbon.groups import Group, shard_path, write_shard
 from bonbon.report import browser, write_report
+from bonbon.report.browser import _column
 from bonbon.report.data import read_run
 from bonbon.report.histograms import histograms
 from bonbon.report.numbers import number, of_100, shown
@@ -57,6 +59,8 @@ def model_figures(win: float, half: float = 0.015, **changes: Any) -> dict[str, 
         "best_of": None,
         "win_rate": fig(win, half),
         "win_rate_by": {"gold": fig(win - 0.003, half)},
+        "win_rate_loss_by": {"gold": fig(0.003, 0.004)},
+        "tie_rate": fig(0.012, 0.002),
         "length_controlled_win_rate": fig(win - 0.001, half),
         "judge": {"win_rate": fig(0.75, 0.05), "comparisons": 320, "unreadable": 3},
         "kl": fig(1.4567, 0.04),
@@ -355,10 +359,10 @@ def expected(found: Mapping[str, float] | None, factor: float, digits: int) -> l
 
 def test_the_other_tables(html: str) -> None:
     tables = Page(html).tables
-    repetition = "repeated 4-grams (share)"
+    repetition = "repeated 4-grams (points)"
     assert tables["Drift: change against the base model"][1][:2] == [
         repetition,
-        "−2.1% −2.4 to −1.8",
+        "−2.1 −2.4 to −1.8",
     ]
     assert "Drift at an equal win rate of 70.0%" not in tables  # nothing is known of it
     judged = tables["Win rate against the base model by who is asked"]
@@ -397,7 +401,7 @@ def test_the_drift_at_an_equal_win_rate_is_shown_where_it_is_known(tmp_path: Pat
     write_page(write_run(tmp_path, values))
     tables = Page((tmp_path / "report.html").read_text()).tables
     row = tables["Drift at an equal win rate of 70.0%"][1]
-    assert row == ["repeated 4-grams (share)", "−1.0% −1.2 to −0.8"]  # known of no other model
+    assert row == ["repeated 4-grams (points)", "−1.0 −1.2 to −0.8"]  # known of no other model
 
 
 def test_numbers_in_writing() -> None:
@@ -426,10 +430,11 @@ def test_a_gain_is_said_with_its_cost(tmp_path: Path) -> None:
     least = 0.4912 * 1.4567
     assert "It moved 1.46 nats from the base model (KL divergence); the least" in text
     assert f"is {least:.2f} (efficiency 0.49)" in text
-    assert "as long as the base model’s, within error (+0.1 tokens" in text
+    assert "No difference in length from the base model’s answers can be told (+0.1 tokens" in text
     assert "never trained on (gold) says 78 of 100" in text
-    assert "no sign of over-optimisation" in text
-    assert "A judge model that was asked 320 times prefers it in 75 of 100 comparisons" in text
+    assert "no loss can be told there (+0.3 of 100 (95% interval −0.1 to +0.7))" in text
+    judged = "a judge model on 317 pairs (3 of 320 had no readable verdict) it wins 75 of 100"
+    assert judged in text
     assert "some of what the base model knew is forgotten" in text
     assert "Caution" not in text
 
@@ -440,22 +445,34 @@ def test_a_gain_is_said_with_its_cost(tmp_path: Path) -> None:
         ({"win_rate": fig(0.508, 0.02)}, "No difference from the base model can", "recovers"),
         ({"win_rate": fig(0.41, 0.02)}, "worse than the base model", "recovers"),
         ({"win_rate": fig(0.5)}, "No difference from the base model can", "recovers"),
-        ({"win_rate": fig(0.504, 0.002)}, "In 50.4 of 100", "No difference"),
+        ({"win_rate": fig(0.504, 0.002)}, "In 50.4 of 100", "No difference from"),
         ({"win_rate": None}, "was not measured", "preferred"),
         ({"recovered": fig(1.07, 0.02)}, "the model’s gain is 107% of that", "recovers"),
         ({"recovered": fig(0.998, 0.02)}, "recovers 99.8% of", "100%"),
         ({"recovered": None}, "Drawing 4", "recovers"),
         ({"kl_efficiency": fig(1.04, 0.1)}, "(efficiency 1.04; sampling error", "the least"),
         ({"kl_efficiency": None}, "nats from the base model (KL divergence).", "least"),
-        ({"kl": None}, "Drawing 4", "nats from the base"),
+        ({"kl": None}, "Drawing 4", "It moved"),
         ({"length_change": fig(3.1, 1)}, "Answers are 3.1 tokens longer", "shorter"),
         ({"length_change": fig(-3.1, 1)}, "Answers are 3.1 tokens shorter", "longer"),
         ({"length_change": None}, "Drawing 4", "Answers are"),
         ({"length_controlled_win_rate": fig(0.7, 0.01)}, "part of the gain is in the length", "x:"),
         ({"win_rate_by": {}}, "No further reward was measured", "over-optimisation"),
-        ({"win_rate_by": {"gold": fig(0.641, 0.01)}}, "the gain shrinks by 50% there (best-of-4’s "
-         "own shrinks by 1%)", "no sign"),
-        ({"win_rate_by": {"gold": fig(0.76, 0.015)}}, "no sign of over-optimisation", "shrinks"),
+        ({"win_rate_by": {"gold": fig(0.641, 0.01)}, "win_rate_loss_by": {}},
+         "the gain shrinks by 50% there (best-of-4’s own shrinks by 1%)", "no sign"),
+        ({"win_rate_by": {"gold": fig(0.76, 0.015)}, "win_rate_loss_by": {"gold": fig(0.02, 0.01)}},
+         "the gain shrinks by", "no loss"),
+        ({"win_rate": fig(0.85, 0.08), "win_rate_by": {"gold": fig(0.65, 0.13)},
+          "win_rate_loss_by": {}}, "20.0 of 100 apart, which the two intervals alone", "no sign"),
+        ({"win_rate": fig(0.6, 0.11), "recovered": fig(0.26, 0.24)}, "cannot be told", "none of"),
+        ({"length_change": fig(30, 35)}, "No difference in length from", "as long as"),
+        ({"tie_rate": fig(0.8, 0.02)}, "Ties count half: 80 of 100 pairs tie.", "x:"),
+        ({"win_rate": fig(0.5), "tie_rate": fig(1.0)}, "every pair ties", "x:"),
+        ({"judge": {"win_rate": fig(0.9, 0.1), "comparisons": 160, "unreadable": 150}},
+         "on 10 pairs (150 of 160 had no readable verdict)", "160 times"),
+        ({"judge": {"win_rate": None, "comparisons": 9, "unreadable": 9}},
+         "asked about 9 pairs and gave no verdict", "it wins"),
+        ({"kl": None, "kl_efficiency": None}, "KL divergence from the base model is not", "x:"),
         ({"win_rate_by": {"gold": fig(0.51, 0.02)}}, "no gain can be told there", "no sign"),
         ({"win_rate_by": {"gold": fig(0.45, 0.02)}}, "is over-optimised", "no sign"),
         ({"win_rate": fig(0.45, 0.02), "win_rate_by": {"gold": fig(0.4, 0.02)}},
@@ -491,6 +508,46 @@ def test_prompts_that_were_trained_on_are_a_caution(tmp_path: Path) -> None:
 
 def comparison(**changes: Any) -> dict[str, Any]:
     return evaluation(main=None, **changes)
+
+
+@pytest.mark.parametrize(
+    ("wins", "said"),
+    [
+        ([fig(0.6, 0.15), fig(0.58, 0.03)], "Better than the base model beyond error: sft_bon."),
+        ([fig(0.45, 0.03), fig(0.44, 0.09)], "no policy can be told to be better"),
+        ([fig(0.45, 0.03), fig(0.44, 0.02)], "every policy is worse"),
+    ],
+)
+def test_a_ranking_claims_of_all_what_holds_of_all(
+    tmp_path: Path, wins: list[dict[str, float]], said: str
+) -> None:
+    values = comparison()
+    del values["models"][f"best-of-{N}"]
+    for name, win in zip(("rank_regression", "sft_bon"), wins, strict=True):
+        values["models"][name]["win_rate"] = win
+    assert said in " ".join(sentences(tmp_path, values))
+
+
+def test_odd_names_and_many_of_them_draw_without_a_warning(tmp_path: Path) -> None:
+    values = comparison()
+    for index in range(30):
+        values["models"][f"模型-{index}-with-a-rather-long-name"] = model_figures(0.6)
+    folder = write_run(tmp_path, values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_page(folder)
+
+
+def test_odd_folders_open(tmp_path: Path) -> None:
+    """A reward as a text, a log without steps, a metric that is called as our own figures."""
+    folder = write_run(tmp_path, evaluation(reward="my reward"))
+    log = folder / "model" / "training_log.json"
+    record = json.loads(log.read_text())
+    log.write_text(json.dumps(record | {"log": [{"loss": 1.0}, *record["log"]]}))
+    write_page(folder)
+    assert "my reward" in (folder / "report.html").read_text()
+    group = group_of("p", "x", ["a"], rewards=(1.5,), metrics={"reward": (9.0,), "tokens": (7.0,)})
+    assert _column(group, [0])[1] == [{"reward": 1.5, "tokens": 1.0}]
 
 
 def test_a_comparison_ranks_the_policies(tmp_path: Path) -> None:

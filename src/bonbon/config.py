@@ -260,7 +260,9 @@ class EvaluationConfig(_Settings):
     def _column_names(self) -> Self:
         for key, names in (("rewards", self.rewards), ("metrics", self.metrics)):
             for name in names:
-                if name.startswith("kl") or not _is_name(name):  # our own columns of the KL
+                # Our own columns, and what the report shows beside them.
+                taken = name.startswith("kl") or name in ("reward", "tokens")
+                if taken or not _is_name(name):
                     raise ValueError(f"{key}: {name!r} {_BAD_NAME}")
         own = sorted(self.metrics.keys() & OWN_METRICS)
         if own:

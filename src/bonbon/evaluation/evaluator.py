@@ -93,6 +93,10 @@ class Evaluator:
                 name: win_rate_figure(self._best_of_n_wins[name], self.resamples)
                 for name in self.rewards
             },
+            win_rate_loss_by={
+                name: paired_difference(wins, self._best_of_n_wins[name], self.resamples)
+                for name in self.rewards
+            },
             best_of=self.n,
             # KL(base ‖ best-of-n) = −∫ ln(n u^(n−1)) du
             forward_kl={"closed_form": Figure.exact(self.n - 1 - float(np.log(self.n)))},
@@ -141,6 +145,11 @@ class Evaluator:
                 name: win_rate_figure(self.wins(draws, name), self.resamples)
                 for name in self.rewards
             },
+            win_rate_loss_by={
+                name: paired_difference(wins, self.wins(draws, name), self.resamples)
+                for name in self.rewards
+            },
+            tie_rate=self._mean(self._ties(draws)),
             best_of=draws.best_of if draws.best_of > 1 else None,
             kl_estimates={name: self._mean(values) for name, values in kls.items()},
             forward_kl=self._forward_kl(draws),
@@ -271,6 +280,16 @@ class Evaluator:
     @cached_property
     def _opponents(self) -> Draws:
         return Draws([group.part(0, self.k) for group in self.base])
+
+    def _ties(self, draws: Draws) -> Floats:
+        """The share of pairs with the base's first k that tie, shape (prompts,)."""
+        columns = (draws.groups, self._opponents.groups, self._weights(draws))
+        return np.array(
+            [
+                float(own @ (_rewards(g, "")[:, None] == _rewards(base, "")).mean(axis=1))
+                for g, base, own in zip(*columns, strict=True)
+            ]
+        )
 
     def _wins_between(self, ours: Draws, theirs: Draws, reward: str = "") -> Floats:
         def wins(group: Group, other: Group, own: Floats, against: Floats) -> float:

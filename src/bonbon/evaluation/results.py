@@ -42,8 +42,10 @@ class ModelEvaluation:
     `win_rate` is against the base model, `kl` is KL(policy ‖ base) in nats (Rao-Blackwellised, one
     of the `kl_estimates`), `forward_kl` is KL(base ‖ policy), `length` and `length_change` (over
     the base model) count tokens, `tokens_per_answer` counts all tokens drawn for one answer,
-    `win_rate_by` has the win rate by each further reward, `drift` the change of each off-target
-    metric over the base model. `best_of` is the number of draws that the policy keeps the best of.
+    `win_rate_by` has the win rate by each further reward, `win_rate_loss_by` what it is below the
+    win rate (paired over prompts), `tie_rate` the share of pairs with the base that tie, `drift`
+    the change of each off-target metric over the base model. `best_of` is the number of draws that
+    the policy keeps the best of.
     """
 
     win_rate: Figure
@@ -54,6 +56,8 @@ class ModelEvaluation:
     length_change: Figure
     tokens_per_answer: Figure
     win_rate_by: Mapping[str, Figure] = field(default_factory=dict)
+    win_rate_loss_by: Mapping[str, Figure] = field(default_factory=dict)
+    tie_rate: Figure | None = None
     best_of: int | None = None
     length_controlled_win_rate: Figure | None = None
     kl_estimates: Mapping[str, Figure] = field(default_factory=dict)

@@ -113,7 +113,8 @@ def _column(group: Group, draws: Sequence[int]) -> Column:
     """Texts, and reward and further figures of each draw."""
     # Of the three estimates of a completion's KL the default is enough to read beside it.
     metrics = {name: row for name, row in group.metrics.items() if not name.startswith("kl_")}
-    figures = {"reward": group.rewards, **metrics, "tokens": group.lengths()}
+    figures = {**metrics, "reward": group.rewards, "tokens": group.lengths()}
+    figures = {"reward": group.rewards, **figures}
     return [group.completions[draw] for draw in draws], [
         {name: _short(values[draw]) for name, values in figures.items() if values is not None}
         for draw in draws

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,9 @@ def finish(
     _save(figure, plots / f"{name}.png", format="png", dpi=200)
     figure.set_layout_engine("none")  # the layout holds, and takes half of the time
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     write_text(plots / f"{name}.svg", svg)
     found = tuple(table for table in tables if table is not None)
@@ -69,7 +72,9 @@ def finish(
 
 
 def _save(figure: Any, path: Path, **options: Any) -> None:
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        # A script that no font here has becomes boxes in the PNG; the SVG keeps the text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary, **options)
 
 
@@ -84,11 +89,16 @@ def new_axes(height: float, rows: int = 1, columns: int = 1, **options: Any) -> 
 def add_legend(canvas: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """A legend below the axes, where it hides no data."""
     # Labels that begin with "_" would be left out of a legend.
+    # The axes keep their height, however many rows the legend has.
+    columns = 1 if any(len(label) > 24 for label in labels) else 2
+    rows = -(-len(labels) // columns)
+    width, height = canvas.get_size_inches()
+    canvas.set_size_inches(width, height + max(0, rows - 5) * 0.2)
     canvas.legend(
         handles,
         [f" {plain(label)}" for label in labels],
         loc="outside lower center",
-        ncols=2,
+        ncols=columns,
         frameon=False,
         borderaxespad=0,
     )

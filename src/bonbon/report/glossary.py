@@ -15,8 +15,9 @@ def glossary(run: Run) -> Mapping[str, str]:
     return {
         "win rate": "a completion of the model against one of the base model for the same prompt, "
         f"all {run.k}×{run.k} pairs, by the reward trained on; a tie counts half. 50% is even.",
-        "95% interval": "from a bootstrap over prompts: it holds the error of the prompts and of "
-        "the draws, not that of training with another seed.",
+        "95% interval": "from a bootstrap over prompts (fewer than ten: Student’s; at equal "
+        "length: the delta method; tasks: normal): it holds the error of the prompts and of the "
+        "draws, not that of training with another seed.",
         f"best-of-{run.n}": f"the base model with {run.n} draws an answer, of which the reward "
         "keeps the best.",
         "KL": "KL(model ‖ base) in nats a completion: how far the model has moved." + kl_of,

@@ -37,7 +37,8 @@ def histograms(run: Run) -> Histograms | None:
     if BASE not in weighted:
         return None
     pooled = np.concatenate([rewards for rewards, _ in weighted.values()])
-    low, high = np.percentile(pooled, [0.2, 99.8])
+    # Twice the largest float has to be one.
+    low, high = np.clip(np.percentile(pooled, [0.2, 99.8]), -1e300, 1e300)
     if low == high:
         low, high = low - 0.5, high + 0.5
     fewest = min(len(rewards) for rewards, _ in weighted.values())
@@ -52,9 +53,9 @@ def histograms(run: Run) -> Histograms | None:
 def _weighted_rewards(run: Run) -> dict[str, tuple[Floats, Floats]]:
     """Rewards and their weights: of all draws alike, or by rank where the best is kept."""
     wanted = {BASE: None} | {policy.name: policy.best_of for policy in run.lineup}
-    found = {}
+    found, own = {}, f"best-of-{run.n}"
     for name, best_of in wanted.items():
-        groups = run.groups.get(name, run.groups.get(BASE) if best_of else None) or ()
+        groups = run.groups.get(name, run.groups.get(BASE) if name == own else None) or ()
         pairs = [_by_rank(group, best_of or 1) for group in groups if _usable(group, best_of or 1)]
         if pairs:
             rewards, weights = (np.concatenate(parts) for parts in zip(*pairs, strict=True))

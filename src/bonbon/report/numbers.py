@@ -46,7 +46,8 @@ def shown(figure: Figure | None, unit: str, signed: bool = False) -> Shown:
     value, low, high = (
         number(factor * part, digits, signed) for part in (figure.value, figure.low, figure.high)
     )
-    return Shown(value + suffix, f"{low} to {high}" if figure.low < figure.high else "")
+    # An interval that prints as the value does says nothing.
+    return Shown(value + suffix, "" if value == low == high else f"{low} to {high}")
 
 
 def _digits(figure: Figure) -> int:

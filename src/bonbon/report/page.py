@@ -140,7 +140,8 @@ _MAIN_SETTINGS = {
 def _done(run: Run) -> Table | None:
     """The models, the data and the settings that matter most."""
     settings = _settings(run)
-    reward = flatten(run.evaluation.get("reward") or {})
+    described = run.evaluation.get("reward") or {}
+    reward = flatten(described if isinstance(described, Mapping) else {"model": str(described)})
     rows = [
         ("base model", str(run.evaluation.get("base_model", "–"))),
         ("reward trained on", _reward(reward)),

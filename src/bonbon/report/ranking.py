@@ -25,10 +25,14 @@ def ranking(run: Run) -> Iterator[str]:
     win = _win(first)
     beginning = f"Of {len(order)} policies {first.name} wins most often: its"
     yield f"{beginning if len(order) > 1 else f'{first.name}: its'} {_preferred(win)}."
-    if win.high < 0.5:
+    wins = {policy.name: _win(policy) for policy in order}
+    better = [name for name, figure in wins.items() if figure.low > 0.5]
+    if all(figure.high < 0.5 for figure in wins.values()):
         yield "So every policy is worse than the base model."
-    elif win.low <= 0.5:
+    elif not better:
         yield "So no policy can be told to be better than the base model."
+    elif first.name not in better:
+        yield f"Better than the base model beyond error: {', '.join(better)}."
     if len(order) > 1:
         yield _lead(run, first, order[1])
     yield from _best_single(order)
@@ -45,7 +49,7 @@ def _win(policy: Policy) -> Figure:
 def _preferred(win: Figure) -> str:
     return (
         f"answer is preferred to the base model’s in {of_100(win.value)} of 100 comparisons"
-        f"{in_brackets(win, 'points')}"
+        f"{in_brackets(win, 'points')}, ties counting half"
     )
 
 

@@ -81,7 +81,7 @@ def _training_panels(row: Any, name: str, entries: Sequence[dict[str, Any]], col
         (row[0], "eval_loss", "held out", (0, (4, 2))),
         (row[1], "accuracy", "training", "solid"),
     ):
-        series = [(e["step"], e[key]) for e in entries if e.get(key) is not None]
+        series = [(e["step"], e[key]) for e in entries if e.get(key) is not None and "step" in e]
         if series:
             look = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 2.5}
             axes.plot(*zip(*series, strict=True), linewidth=1.3, label=label, **look)

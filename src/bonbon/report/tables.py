@@ -133,14 +133,15 @@ def drift_tables(run: Run) -> list[Table]:
         (at_equal or "Drift at an equal win rate", "drift_at_equal_win_rate", True),
         ("Off-target metrics", "metrics", False),
     ]
-    tables = [
-        _by_policy(
-            caption,
-            run,
-            [(label, _figure(key, name), unit, signed) for name, label, unit in metrics],
-        )
-        for caption, key, signed in kinds
-    ]
+    tables = []
+    for caption, key, signed in kinds:
+        rows: list[Row] = []
+        for name, label, unit in metrics:
+            # What a share changes by is points, and not per cent of it.
+            is_points = signed and unit == "share"
+            shown_as = label.replace("(share)", "(points)") if is_points else label
+            rows.append((shown_as, _figure(key, name), "points" if is_points else unit, signed))
+        tables.append(_by_policy(caption, run, rows))
     return [found for found in tables if found is not None]
 
 
@@ -166,12 +167,14 @@ def honesty_table(run: Run) -> Table | None:
     ]
     rows.append(("by a judge model", _figure("judge", "win_rate"), "share", False))
     found = _by_policy("Win rate against the base model by who is asked", run, rows)
-    counts = tuple(_judge_counts(run))
+    counts = tuple(
+        _judge_counts([run.policies[name] for name in found.header[1:]] if found else [])
+    )
     return found and Table(found.caption, found.header, found.rows + counts)
 
 
-def _judge_counts(run: Run) -> Iterator[tuple[Shown, ...]]:
-    judges = [policy.values.get("judge") or {} for policy in run.columns]
+def _judge_counts(policies: Sequence[Policy]) -> Iterator[tuple[Shown, ...]]:
+    judges = [policy.values.get("judge") or {} for policy in policies]
     for key, label in (
         ("comparisons", "judge’s comparisons"),
         ("unreadable", "of them unreadable"),
@@ -221,7 +224,7 @@ def _task(value: Mapping[str, Any] | None) -> Shown:
         return Shown(value["value"])
     error, change = value.get("standard_error"), value.get("change")
     parts = [f"± {number(error, 3)}"] if error is not None else []
-    if change:  # the base model's own is 0
+    if change is not None and value.get("change_low") != value.get("change_high"):
         parts.append(f"{number(change, 3, signed=True)}{_change_interval(value)}")
     return Shown(number(value["value"], 3), ", ".join(parts))
 

@@ -55,6 +55,7 @@ def _main_findings(run: Run, main: Policy) -> Iterator[str]:
         yield f"The win rate of {main.name} was not measured."
         return
     yield _win(win)
+    yield from _ties(main)
     yield from _best_of_n(run, main, win)
     yield from _distance(main, win)
     yield from _length(main, win)
@@ -82,6 +83,14 @@ def _win(win: Figure) -> str:
     )
 
 
+def _ties(main: Policy) -> Iterator[str]:
+    ties = main.number("tie_rate")
+    if ties is not None and ties >= 1:
+        yield "The reward tells no two answers apart: every pair ties."
+    elif ties is not None and ties > 0.05:
+        yield f"Ties count half: {of_100(ties)} of 100 pairs tie."
+
+
 def _best_of_n(run: Run, main: Policy, win: Figure) -> Iterator[str]:
     best = run.best_of_n.figure("win_rate") if run.best_of_n else None
     if best is None:
@@ -90,8 +99,12 @@ def _best_of_n(run: Run, main: Policy, win: Figure) -> Iterator[str]:
     recovered = main.number("recovered")
     if best.low <= 0.5:
         yield f"{drawing}, which cannot be told from even: the reward has little to choose by."
-    elif win.low <= 0.5 or recovered is None:
-        yield f"{drawing}; the model shows none of that gain."
+    elif recovered is None:
+        yield f"{drawing}."
+    elif win.high < 0.5:
+        yield f"{drawing}; the model has none of that gain."
+    elif win.low <= 0.5:
+        yield f"{drawing}; that the model has any of that gain cannot be told."
     elif recovered > 1:
         yield (
             f"{drawing}: the model’s gain is {whole_share(recovered)} of that, at the cost of one "
@@ -107,6 +120,10 @@ def _best_of_n(run: Run, main: Policy, win: Figure) -> Iterator[str]:
 def _distance(main: Policy, win: Figure) -> Iterator[str]:
     kl, efficiency = main.number("kl"), main.number("kl_efficiency")
     if kl is None:
+        yield (
+            "Its KL divergence from the base model is not known: it has another vocabulary, or the "
+            "KL is infinite."
+        )
         return
     moved = f"It moved {number(kl, 2)} nats from the base model (KL divergence)"
     if efficiency is None or win.low <= 0.5:
@@ -131,7 +148,7 @@ def _length(main: Policy, win: Figure) -> Iterator[str]:
         if change.low <= 0 <= change.high:
             tail = f" ({number(change.value, 1, signed=True)} tokens"
             tail += f", 95% interval {interval})" if interval else ")"
-            yield f"Answers are as long as the base model’s, within error{tail}."
+            yield f"No difference in length from the base model’s answers can be told{tail}."
         else:
             comparison = "longer" if change.value > 0 else "shorter"
             yield (
@@ -157,11 +174,12 @@ def _further(run: Run, main: Policy, win: Figure) -> Iterator[str]:
     for name, gold in main.further.items():
         yield (
             f"A reward never trained on ({name}) says {of_100(gold.value)} of 100"
-            f"{in_brackets(gold, 'points')}{_over_optimisation(run, name, win, gold)}"
+            f"{in_brackets(gold, 'points')}"
+            f"{_over_optimisation(run, name, win, gold, main.figure('win_rate_loss_by', name))}"
         )
 
 
-def _over_optimisation(run: Run, name: str, win: Figure, gold: Figure) -> str:
+def _over_optimisation(run: Run, name: str, win: Figure, gold: Figure, loss: Figure | None) -> str:
     if gold.high < 0.5:
         worse = ": by it the model is worse than the base model"
         return f"{worse}, so its reward is over-optimised." if win.low > 0.5 else f"{worse}."
@@ -169,8 +187,14 @@ def _over_optimisation(run: Run, name: str, win: Figure, gold: Figure) -> str:
         return "."
     if gold.low <= 0.5:
         return ": no gain can be told there, so the model may please its reward alone."
-    if gold.high >= win.low:
-        return ": no sign of over-optimisation."
+    if gold.value >= win.value:
+        return ": no less than by the reward trained on."
+    if loss is None and gold.high >= win.low:
+        apart = number(100 * abs(win.value - gold.value), 1)
+        return f": {apart} of 100 apart, which the two intervals alone cannot tell from error."
+    if loss is not None and loss.low <= 0:
+        lost = f"{number(100 * loss.value, 1, signed=True)} of 100"
+        return f": no loss can be told there ({lost}{in_brackets(loss, 'points', True)})."
     return f": the gain shrinks by {_shrinkage(win, gold)} there{_own_shrinkage(run, name)}."
 
 
@@ -190,13 +214,23 @@ def _own_shrinkage(run: Run, name: str) -> str:
 
 
 def _judge(main: Policy) -> Iterator[str]:
-    judged, judge = main.figure("judge", "win_rate"), main.values.get("judge")
-    if judged is None or not judge:
+    judge = main.values.get("judge")
+    asked = (judge or {}).get("comparisons") or 0
+    if not judge or not asked:
+        return
+    unread = judge.get("unreadable") or 0
+    left = f" ({number(unread)} of {number(asked)} had no readable verdict)" if unread else ""
+    judged = main.figure("judge", "win_rate")
+    if judged is None:
+        yield (
+            f"A judge model was asked about {number(asked)} pairs and gave no verdict that can be "
+            "read."
+        )
         return
     doubt = ": no difference can be told" if judged.low <= 0.5 <= judged.high else ""
     yield (
-        f"A judge model that was asked {number(judge.get('comparisons'))} times prefers it in "
-        f"{of_100(judged.value)} of 100 comparisons{in_brackets(judged, 'points')}{doubt}."
+        f"By the verdicts of a judge model on {number(asked - unread)} pairs{left} it wins "
+        f"{of_100(judged.value)} of 100{in_brackets(judged, 'points')}{doubt}."
     )
 
 
