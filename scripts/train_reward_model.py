@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import LlamaForSequenceClassification
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.batching import pad
 from bonbon.config import SamplingConfig
@@ -29,6 +30,7 @@ from bonbon.models import load_policy
 from bonbon.progress import progress_bar
 from bonbon.prompts import PromptRow
 from bonbon.reward import RewardModel, score_groups
+from bonbon.rows import completion_text
 from bonbon.sampling import TransformersSampler
 from train_story_model import build_optimizer, read_stories
 
@@ -65,10 +67,10 @@ def cut_opening(text: str, generator: np.random.Generator) -> str:
     return sentences.group() if sentences and generator.random() < 0.5 else opening
 
 
-def shortened(group: Group, length: int, sampler: TransformersSampler) -> Group:
+def shortened(group: Group, length: int, tokenizer: Tokenizer) -> Group:
     """The group with every completion cut to its first `length` tokens."""
     ids = tuple(completion[:length] for completion in group.token_ids)
-    texts = tuple(sampler.text(group.prompt_token_ids, completion) for completion in ids)
+    texts = tuple(completion_text(tokenizer, group.prompt_token_ids, row) for row in ids)
     return replace(group, token_ids=ids, completions=texts)
 
 
@@ -81,11 +83,12 @@ def labelled_groups(args: argparse.Namespace, generator: np.random.Generator) ->
         for i, index in enumerate(chosen)
     ]
     config = SamplingConfig(n=args.n, max_new_tokens=args.tokens, seed=args.seed)
-    sampler = TransformersSampler(*load_policy(str(args.story_model)), config)
+    model, tokenizer = load_policy(str(args.story_model))
+    sampler = TransformersSampler(model, tokenizer, config)
     with progress_bar("drawing continuations", 0, "prompts") as bar:
         groups = sampler.sample(sampler.encode(rows), progress=bar.tokens)
     groups = [
-        shortened(group, int(generator.integers(12, args.tokens)), sampler)
+        shortened(group, int(generator.integers(12, args.tokens)), tokenizer)
         if generator.random() < 1 / 3
         else group
         for group in groups

@@ -16,7 +16,7 @@ from bonbon.config import SamplingConfig
 from bonbon.evaluation import completion_kls
 from bonbon.evaluation.kl import ESTIMATES, _step_kls
 from bonbon.groups import Group
-from bonbon.sampling import warped_log_probs
+from bonbon.rows import warped_log_probs
 
 Floats = NDArray[np.float64]
 

@@ -107,7 +107,7 @@ def test_an_adapter_s_base_shares_its_weights(tiny_model: Path) -> None:
 
 
 def test_the_meter_is_zero_for_the_base_and_keeps_the_mode(tiny_model: Path) -> None:
-    from bonbon.sampling import EncodedPrompt
+    from bonbon.prompts import EncodedPrompt
 
     model, tokenizer = load_policy(str(tiny_model), dtype="float32", device="cpu")
     prompts = [EncodedPrompt(f"p{i}", "", (1, 10 + i)) for i in range(4)]

@@ -18,14 +18,10 @@ from bonbon.config import SamplingConfig
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
 from bonbon.models import load_policy
-from bonbon.prompts import PromptRow
-from bonbon.sampling import (
-    EncodedPrompt,
-    TransformersSampler,
-    draw_tokens,
-    encode_prompts,
-    uniform_stream,
-)
+from bonbon.prompts import EncodedPrompt, PromptRow
+from bonbon.rows import draw_tokens
+from bonbon.sampling import TransformersSampler, encode_prompts
+from bonbon.streams import uniform_stream
 from conftest import EOS, byte_tokenizer, tiny_llama_config
 
 VOCABULARY = 6

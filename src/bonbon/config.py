@@ -58,11 +58,13 @@ def is_policy_name(text: str) -> bool:
     return _is_name(text) and not text.endswith(("-samples", "-forward"))
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Checked, immutable settings; unknown keys, NaN and infinities are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class ModelConfig(_Settings):
+class ModelConfig(Settings):
     """The base model."""
 
     name: str = Field(description="a model folder or hub id")
@@ -72,7 +74,7 @@ class ModelConfig(_Settings):
     trust_remote_code: bool = False
 
 
-class PromptsConfig(_Settings):
+class PromptsConfig(Settings):
     """A file of prompts: JSONL, CSV, Parquet or text."""
 
     path: Path
@@ -82,7 +84,7 @@ class PromptsConfig(_Settings):
     limit: int | None = Field(None, ge=1)
 
 
-class SamplingConfig(_Settings):
+class SamplingConfig(Settings):
     """How completions are drawn. The defaults are the model's own distribution."""
 
     n: int = Field(8, ge=1, description="completions a prompt")
@@ -101,7 +103,7 @@ class SamplingConfig(_Settings):
         return self.top_k > 0 or self.top_p < 1
 
 
-class RewardConfig(_Settings):
+class RewardConfig(Settings):
     """A reward: exactly one of a model, a Python function, or a weighted sum of rewards."""
 
     model: str | None = Field(None, description="a sequence-classification model with one output")
@@ -122,7 +124,7 @@ class RewardConfig(_Settings):
         return self
 
 
-class LoraSettings(_Settings):
+class LoraSettings(Settings):
     """Train a LoRA adapter instead of all weights."""
 
     r: int = Field(16, ge=1)
@@ -132,7 +134,7 @@ class LoraSettings(_Settings):
     merge: bool = Field(False, description="save whole weights with the adapter merged in")
 
 
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """Fine-tuning on the ranks of each group's completions. Batches count groups."""
 
     objective: ObjectiveName = "rank_regression"
@@ -177,7 +179,7 @@ class TrainConfig(_Settings):
         return self
 
 
-class JudgeConfig(_Settings):
+class JudgeConfig(Settings):
     """A judge model behind an OpenAI-compatible endpoint."""
 
     model: str = Field(description="the name that the endpoint knows it by")
@@ -217,7 +219,7 @@ class JudgeConfig(_Settings):
         return self
 
 
-class TextsConfig(_Settings):
+class TextsConfig(Settings):
     """A file of texts, each in a row: JSONL, CSV, Parquet or text."""
 
     path: Path
@@ -225,7 +227,7 @@ class TextsConfig(_Settings):
     limit: int | None = Field(None, ge=1)
 
 
-class LMEvalConfig(_Settings):
+class LMEvalConfig(Settings):
     """Tasks of lm-evaluation-harness, run on the base model and on every trained one."""
 
     tasks: list[str] = Field(min_length=1)
@@ -235,7 +237,7 @@ class LMEvalConfig(_Settings):
     batch_size: int = Field(8, ge=1)
 
 
-class EvaluationConfig(_Settings):
+class EvaluationConfig(Settings):
     """Measuring on held-out prompts."""
 
     prompts: PromptsConfig | None = Field(None, description="else `holdout` of the prompts")
@@ -273,7 +275,7 @@ class EvaluationConfig(_Settings):
         return self
 
 
-class RunConfig(_Settings):
+class RunConfig(Settings):
     """Everything that defines a run."""
 
     model: ModelConfig

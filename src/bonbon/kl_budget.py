@@ -31,7 +31,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from bonbon.config import SamplingConfig
 from bonbon.errors import BonbonError
 from bonbon.evaluation import completion_kls
-from bonbon.sampling import EncodedPrompt, TransformersSampler
+from bonbon.prompts import EncodedPrompt
+from bonbon.sampling import TransformersSampler
 
 _HALVINGS = 6  # of the line to the base model: the point that is kept is known to 2% of it
 

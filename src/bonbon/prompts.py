@@ -24,6 +24,15 @@ class PromptRow:
     prompt: Prompt
 
 
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt and the tokens that the model is conditioned on."""
+
+    prompt_id: str
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+
+
 Row = TypeVar("Row", PromptRow, Group)
 
 

@@ -25,10 +25,10 @@ from bonbon.groups import (
 )
 from bonbon.models import load_policy
 from bonbon.progress import progress_bar
-from bonbon.prompts import PromptRow, hold_out, read_prompts
+from bonbon.prompts import EncodedPrompt, PromptRow, hold_out, read_prompts
 from bonbon.reward import FunctionReward, Reward, RewardModel, WeightedSum
 from bonbon.run_folder import NEUTRAL
-from bonbon.sampling import EncodedPrompt, TransformersSampler
+from bonbon.sampling import TransformersSampler
 
 # --- what the configuration names -----------------------------------------------------------------
 

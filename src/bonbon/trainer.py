@@ -35,7 +35,7 @@ from bonbon.objectives import (
     ObjectiveSettings,
     group_metrics,
 )
-from bonbon.sampling import EncodedPrompt
+from bonbon.prompts import EncodedPrompt
 from bonbon.selection import Select, SelectedGroup, Selection, select_groups
 from bonbon.tilt import TILTS
 

@@ -34,7 +34,7 @@ from bonbon.config import SamplingConfig
 from bonbon.groups import Group
 from bonbon.logprobs import last_logits
 from bonbon.models import forward_batch_tokens
-from bonbon.sampling import warped_log_probs
+from bonbon.rows import warped_log_probs
 
 # At most this many logits of one model are held at once while KLs are computed (1 GiB in float32).
 _LOGITS = 2**28

@@ -1,0 +1,211 @@
+"""What every strategy is: settings that know how to spend n draws and which one to give back.
+
+A strategy is an immutable value, like a tilt: its fields are its configuration, and the number of
+candidates is always `sampling.n` (the mean number for best-of-Poisson, the most for adaptive n,
+particles, rows or leaves elsewhere). Nothing here needs torch.
+
+Two kinds differ in what they need:
+
+- *whole draws*: the candidates are independent draws of the base model, and the strategy is a
+  distribution over a scored group. Works with every `Source`, a server included.
+- *stepwise*: rows are dropped or branched while they are drawn, which takes a `StepwiseSource`: a
+  model in this process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, ParamSpec, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bonbon.config import SamplingConfig, Settings
+from bonbon.groups import Group
+from bonbon.prompts import EncodedPrompt
+from bonbon.streams import uniform_stream
+
+if TYPE_CHECKING:
+    from bonbon.reward import Reward
+    from bonbon.rows import Rows
+
+Floats = NDArray[np.float64]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What answers cost; costs add up.
+
+    `generated`: tokens drawn from the policy, those of rejected candidates included. `prefilled`:
+    prompt tokens it read, each once where a prompt's cache serves several rows. `reward_calls`:
+    completions scored, partial ones included. `seconds`: a prompt's share of the wall clock.
+    """
+
+    generated: int = 0
+    prefilled: int = 0
+    reward_calls: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.generated + other.generated,
+            self.prefilled + other.prefilled,
+            self.reward_calls + other.reward_calls,
+            self.seconds + other.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Completions of one prompt and what they cost so far."""
+
+    group: Group
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A prompt's answer: its candidates, which of them was chosen, and what it cost.
+
+    `group.rewards` are what was chosen by (None where no reward was needed). A candidate that was
+    given up before its end has the finish reason `rejected` and its last partial reward; it is
+    never the chosen one.
+    """
+
+    group: Group
+    chosen: int
+    cost: Cost
+
+    @property
+    def completion(self) -> str:
+        """The chosen completion."""
+        return self.group.completions[self.chosen]
+
+    @property
+    def reward(self) -> float | None:
+        """The chosen completion's reward."""
+        return None if self.group.rewards is None else self.group.rewards[self.chosen]
+
+    def ranking(self) -> list[int]:
+        """All whole candidates, best first: the chosen one, then by reward, then as drawn."""
+        rewards = self.group.rewards or (0.0,) * self.group.n
+        whole = [i for i, why in enumerate(self.group.finish_reasons) if why != "rejected"]
+        return sorted(whole, key=lambda i: (i != self.chosen, -rewards[i], i))
+
+
+class Source(Protocol):
+    """Where whole completions come from: a model in this process, or a server."""
+
+    @property
+    def config(self) -> SamplingConfig:
+        """The sampling settings; `config.n` candidates are what a strategy may spend."""
+        ...
+
+    def draw(self, prompts: Sequence[EncodedPrompt], ks: Sequence[range]) -> list[Candidates]:
+        """Completions `ks[i]` of the i-th prompt's sequence of draws, unscored.
+
+        A server may fail some of them: a group may hold fewer, but never none.
+        """
+        ...
+
+    def embed(self, group: Group) -> Floats:
+        """An embedding of each completion, (n, width). Raises BonbonError where there is none."""
+        ...
+
+
+@runtime_checkable
+class StepwiseSource(Source, Protocol):
+    """A source whose rows can be dropped and branched while they are drawn."""
+
+    def start(self, prompt: EncodedPrompt, n: int) -> Rows:
+        """n rows of a prompt, prefilled once and nothing drawn yet."""
+        ...
+
+
+class Strategy(Settings):
+    """Base of all strategies; a subclass is one module's class with one entry in `STRATEGIES`."""
+
+    needs_reward: ClassVar[bool] = True
+    needs_logprobs: ClassVar[bool] = False  # a server has to be asked for them
+    stepwise: ClassVar[bool] = False
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], source: Source, reward: Reward | None
+    ) -> list[Generation]:
+        """One generation a prompt, in the order of `prompts`.
+
+        Raises BonbonError when the source cannot do what the strategy needs, and for rewards that
+        are not finite.
+        """
+        raise NotImplementedError
+
+
+class WholeDraws(Strategy):
+    """Strategies that draw whole completions, score them, and pick one by a distribution."""
+
+    def count(self, prompt: EncodedPrompt, config: SamplingConfig) -> int:
+        """How many completions of this prompt are drawn."""
+        return config.n
+
+    def weights(self, group: Group, source: Source) -> Floats:
+        """P(candidate i is the one that is chosen), (n,); sums to 1."""
+        raise NotImplementedError
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], source: Source, reward: Reward | None
+    ) -> list[Generation]:
+        """See `Strategy.generate`."""
+        ks = [range(self.count(prompt, source.config)) for prompt in prompts]
+        candidates = source.draw(prompts, ks)
+        if reward is not None:
+            candidates = score(candidates, reward)
+        with_time = [timed(self._choose, found, source) for found in candidates]
+        return [
+            Generation(found.group, chosen, found.cost + Cost(seconds=seconds))
+            for found, (chosen, seconds) in zip(candidates, with_time, strict=True)
+        ]
+
+    def _choose(self, found: Candidates, source: Source) -> int:
+        return pick(self.weights(found.group, source), source.config.seed, found.group.prompt_id)
+
+
+def one_hot(index: int, n: int) -> Floats:
+    """The distribution of a choice without chance, (n,)."""
+    weights = np.zeros(n)
+    weights[index] = 1.0
+    return weights
+
+
+def pick(weights: Floats, seed: int, prompt_id: str) -> int:
+    """A draw from `weights`, the same for the same seed and prompt: the inverse CDF."""
+    uniform = uniform_stream(seed, "choice", prompt_id, 0, 1)[0]
+    cdf = np.cumsum(weights)
+    index = int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))
+    return min(index, int(np.flatnonzero(weights)[-1]))
+
+
+def score(candidates: Sequence[Candidates], reward: Reward) -> list[Candidates]:
+    """The candidates with their rewards, all scored in one call of the reward, and its cost."""
+    from bonbon.reward import score_groups
+
+    rewards, seconds = timed(score_groups, reward, [found.group for found in candidates])
+    total = sum(found.group.n for found in candidates)
+    return [
+        Candidates(
+            found.group.with_rewards(values),
+            found.cost
+            + Cost(reward_calls=found.group.n, seconds=seconds * found.group.n / max(total, 1)),
+        )
+        for found, values in zip(candidates, rewards, strict=True)
+    ]
+
+
+def timed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+    """What a function returns, and the seconds it took."""
+    began = time.perf_counter()
+    result = function(*args, **kwargs)
+    return result, time.perf_counter() - began
