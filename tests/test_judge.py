@@ -31,6 +31,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bonbon.config import JudgeConfig
+from bonbon.endpoints import is_local
 from bonbon.errors import BonbonError
 from bonbon.groups import Prompt
 from bonbon.judge import (
@@ -922,7 +923,7 @@ def test_a_key_that_cannot_be_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_local_addresses() -> None:
     local = ["http://localhost:8000/v1", "http://127.1.2.3/v1", "http://[::1]:8000/v1"]
     others = ["http://10.0.0.1/v1", "http://localhost.example.com/v1", "http://0.0.0.0/v1"]
-    found = [endpoint._is_local(httpx.URL(url)) for url in local + others]
+    found = [is_local(httpx.URL(url)) for url in local + others]
     assert found == [True] * 3 + [False] * 3
 
 

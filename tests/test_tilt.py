@@ -23,6 +23,7 @@ from bonbon.objectives import bon_beta, bon_target
 from bonbon.tilt import TILTS as NAMED_TILTS
 from bonbon.tilt import (
     BestOfN,
+    BestOfPoisson,
     ExponentialTilt,
     Identity,
     Tilt,
@@ -48,6 +49,7 @@ TILTS: list[Tilt] = [
     *(WorstOfN(n) for n in (1, 2.5, 8, 64, 1000)),
     ExponentialTilt(0.0),
     *(ExponentialTilt(sign * beta) for beta in BETAS for sign in (1, -1)),
+    *(BestOfPoisson(mu) for mu in (0.0, *BETAS)),
 ]
 
 every_tilt = pytest.mark.parametrize("tilt", TILTS, ids=repr)
@@ -58,6 +60,7 @@ tilts: st.SearchStrategy[Tilt] = st.one_of(
     ns.map(BestOfN),
     ns.map(WorstOfN),
     st.floats(-1e4, 1e4, allow_subnormal=False).map(ExponentialTilt),
+    st.floats(0, 1e4).map(BestOfPoisson),
 )
 
 
@@ -197,7 +200,14 @@ def test_cdf_increases(tilt: Tilt, a: float, b: float) -> None:
 
 moderate = pytest.mark.parametrize(
     "tilt",
-    [BestOfN(8), WorstOfN(4), ExponentialTilt(5.0), ExponentialTilt(-2.0), Identity()],
+    [
+        BestOfN(8),
+        WorstOfN(4),
+        ExponentialTilt(5.0),
+        ExponentialTilt(-2.0),
+        BestOfPoisson(7.0),
+        Identity(),
+    ],
     ids=repr,
 )
 
@@ -253,6 +263,7 @@ gentle: st.SearchStrategy[Tilt] = st.one_of(
     st.floats(1, 50).map(BestOfN),
     st.floats(1, 50).map(WorstOfN),
     st.floats(-50, 50, allow_subnormal=False).map(ExponentialTilt),
+    st.floats(0, 50).map(BestOfPoisson),
 )
 
 
@@ -309,6 +320,7 @@ steep: st.SearchStrategy[Tilt] = st.one_of(
     st.floats(1, 1000).map(BestOfN),
     st.floats(1, 1000).map(WorstOfN),
     st.floats(-200, 200, allow_subnormal=False).map(ExponentialTilt),
+    st.floats(0, 200).map(BestOfPoisson),
     st.just(Identity()),
 )
 sizes = st.integers(2, 16)
@@ -462,7 +474,14 @@ def test_rank_weights_of_more_than_were_drawn(n: int) -> None:
 
 @pytest.mark.parametrize(
     "tilt",
-    [BestOfN(32), BestOfN(2.5), WorstOfN(32), ExponentialTilt(5), ExponentialTilt(-9)],
+    [
+        BestOfN(32),
+        BestOfN(2.5),
+        WorstOfN(32),
+        ExponentialTilt(5),
+        ExponentialTilt(-9),
+        BestOfPoisson(7),
+    ],
     ids=repr,
 )
 def test_rank_weights_are_consistent(tilt: Tilt) -> None:
@@ -611,6 +630,55 @@ def test_support_ends() -> None:
     assert float(BestOfN(1).log_density(0.0)) == 0
 
 
+# --- best-of-Poisson ------------------------------------------------------------------------------
+
+
+@quick
+@given(st.floats(0, 200), st.floats(0, 1))
+def test_best_of_poisson_is_a_mixture(mu: float, u: float) -> None:
+    """Of best-of-n, n = 1 + Poisson(μ): in its CDF, its density and its win rate."""
+    k = np.arange(600)
+    mixing = stats.poisson.pmf(k, mu)
+    tilt = BestOfPoisson(mu)
+    assert float(tilt.cdf(u)) == pytest.approx(float(mixing @ u ** (k + 1.0)), rel=1e-9, abs=1e-15)
+    expected = float(mixing @ ((k + 1) * u**k))
+    assert float(density(tilt, u)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert tilt.win_rate() == pytest.approx(float(mixing @ ((k + 1) / (k + 2))), rel=1e-12)
+
+
+@pytest.mark.parametrize("mu", [0.5, 4.0])
+def test_literal_best_of_poisson(mu: float) -> None:
+    rng = np.random.default_rng(11)
+    best = [rng.random(1 + count).max() for count in rng.poisson(mu, 20_000)]
+    assert stats.kstest(best, BestOfPoisson(mu).cdf).pvalue > 1e-4
+
+
+def test_best_of_poisson_nearly_has_the_largest_win_rate() -> None:
+    """Khalaf et al.: close to the frontier, and closer than best-of-n with as many draws."""
+    for mu in np.geomspace(1e-3, 1e4, 60):
+        tilt = BestOfPoisson(float(mu))
+        assert 0 <= float(optimal_win_rate(tilt.kl())) - tilt.win_rate() < 2e-4
+    poisson, best = BestOfPoisson(3.0), BestOfN(4)
+    assert float(optimal_win_rate(best.kl())) - best.win_rate() > 10 * (
+        float(optimal_win_rate(poisson.kl())) - poisson.win_rate()
+    )
+
+
+@pytest.mark.parametrize("mu", [1e-6, 1e-3, 0.03, 0.0499, 0.0501, 0.2])
+def test_best_of_poisson_keeps_its_digits_for_few_draws(mu: float) -> None:
+    """Relative to the KL of about μ²/6, by E_f[ln f] − ln E_f = ∫ (f ln f − f + 1) ≥ 0."""
+    tilt = BestOfPoisson(mu)
+
+    def gain(u: Floats) -> Floats:
+        log = tilt.log_density(u)  # f ln f − f + 1 = Σ (k−1)/k! · (ln f)^k
+        return np.asarray(sum((k - 1) / math.factorial(k) * log**k for k in range(2, 14)))
+
+    assert tilt.kl() == pytest.approx(integral(gain), rel=1e-9)
+    assert tilt.kl() == pytest.approx(mu**2 / 6, rel=mu)
+    win = 0.5 + mu / 6 - mu**2 / 24 + mu**3 / 120 - mu**4 / 720 + mu**5 / 5040 - mu**6 / 40320
+    assert tilt.win_rate() == pytest.approx(win, rel=1e-10)
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 
@@ -621,6 +689,12 @@ def test_bad_n(kind: Callable[[float], Tilt], n: float) -> None:
         kind(n)
 
 
+@pytest.mark.parametrize("mu", [-1e-9, math.inf, math.nan])
+def test_bad_mu(mu: float) -> None:
+    with pytest.raises(ValueError, match="finite mu >= 0"):
+        BestOfPoisson(mu)
+
+
 @pytest.mark.parametrize("beta", [math.inf, -math.inf, math.nan])
 def test_bad_beta(beta: float) -> None:
     with pytest.raises(ValueError, match="finite beta"):
@@ -628,7 +702,16 @@ def test_bad_beta(beta: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "tilt", [Identity(), BestOfN(3), WorstOfN(3), ExponentialTilt(2), ExponentialTilt(-2)], ids=repr
+    "tilt",
+    [
+        Identity(),
+        BestOfN(3),
+        WorstOfN(3),
+        ExponentialTilt(2),
+        ExponentialTilt(-2),
+        BestOfPoisson(2),
+    ],
+    ids=repr,
 )
 @pytest.mark.parametrize("value", [-1e-9, 1 + 1e-9, math.nan, [0.5, 2.0]])
 def test_arguments_outside_unit(tilt: Tilt, value: ArrayLike) -> None:
@@ -638,7 +721,7 @@ def test_arguments_outside_unit(tilt: Tilt, value: ArrayLike) -> None:
 
 
 @pytest.mark.parametrize(
-    "tilt", [Identity(), BestOfN(3), WorstOfN(3), ExponentialTilt(2)], ids=repr
+    "tilt", [Identity(), BestOfN(3), WorstOfN(3), ExponentialTilt(2), BestOfPoisson(2)], ids=repr
 )
 @pytest.mark.parametrize(("i", "j"), [(0, 1), (1, 0), (5, 1), (1, 5), ([1, 5], 1), (math.nan, 1)])
 def test_ranks_outside(tilt: Tilt, i: ArrayLike, j: ArrayLike) -> None:

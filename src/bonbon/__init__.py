@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bonbon.config import RunConfig as RunConfig
     from bonbon.config import SamplingConfig as SamplingConfig
     from bonbon.config import load_config as load_config
+    from bonbon.decoding import generate as generate
     from bonbon.errors import BonbonError as BonbonError
     from bonbon.evaluation import Evaluator as Evaluator
     from bonbon.groups import Group as Group
@@ -47,6 +48,7 @@ _HOMES = {
     "TransformersSampler": "sampling",
     "WeightedSum": "reward",
     "WorstOfN": "tilt",
+    "generate": "decoding",
     "load_config": "config",
     "read_groups": "groups",
 }

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from bonbon.errors import BonbonError
 
 if TYPE_CHECKING:
     from bonbon.config import RunConfig
+    from bonbon.decoding.settings import GenerateConfig
     from bonbon.evaluation.results import Evaluation
     from bonbon.run_folder import RunFolder
 
@@ -138,6 +140,168 @@ def compare(
         _show(*_in_folder(settings, out, "bonbon.compare", "compare", specs))
 
 
+ModelName = Annotated[str | None, typer.Option("--model", help="The model's folder or hub id.")]
+RewardName = Annotated[
+    str | None,
+    typer.Option("--reward", help="A reward model, or a function as package.module:function."),
+]
+StrategyName = Annotated[
+    str | None, typer.Option("--strategy", help="How candidates are drawn and one is chosen.")
+]
+Candidates = Annotated[int | None, typer.Option("--n", help="Candidates a prompt.")]
+
+
+@app.command()
+def generate(
+    config: Annotated[
+        Path | None, typer.Argument(help="Model, prompts, reward, strategy (YAML); a run's too.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder to write into.")] = None,
+    model: ModelName = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="A prompt, answered here and now.")
+    ] = None,
+    reward: RewardName = None,
+    strategy: StrategyName = None,
+    n: Candidates = None,
+    set_: Set = None,
+    prompt_column: PromptColumn = None,
+    on_long_prompt: OnLongPrompt = None,
+) -> None:
+    """Answer prompts by a strategy: best-of-n and its relatives, at inference time.
+
+    Strategies: best_of_n, soft_best_of_n, best_of_poisson, rbon_kl, rbon_wd, rbon_length, srbon_kl,
+    srbon_wd, speculative_rejection, tree_bon, smc, self_consistency, shortest_majority_vote,
+    reward_weighted_vote, adaptive_n. Their settings: --set strategy.alpha=0.5.
+    """
+    with _reported():
+        from bonbon.config import read_yaml
+        from bonbon.decoding.settings import parse_generate_config, with_named
+
+        found = {} if config is None else read_yaml(config)
+        values = with_named(
+            found, model=model, reward=reward, strategy=strategy, prompts=prompts, n=n
+        )
+        changes = _changes(set_, prompt_column, on_long_prompt)
+        settings = parse_generate_config(values, changes, str(config or "the command line"))
+        _quiet_libraries()
+        if prompt:
+            from bonbon.decoding.console import answer_prompts
+
+            answer_prompts(settings, prompt)
+        elif out is None:
+            raise BonbonError("name the folder to write into with --out")
+        else:
+            _generate_into(settings, out)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Argument(help="Settings (YAML); a run's configuration serves too.")
+    ] = None,
+    model: ModelName = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(help="An OpenAI-compatible server's address, e.g. http://127.0.0.1:8001/v1."),
+    ] = None,
+    reward: RewardName = None,
+    strategy: StrategyName = None,
+    n: Candidates = None,
+    host: Annotated[str | None, typer.Option(help="Other than this machine: needs a key.")] = None,
+    port: Annotated[int | None, typer.Option(help="8000 unless set; 0: any that is free.")] = None,
+    set_: Set = None,
+) -> None:
+    """Serve best-of-n behind OpenAI's API, from a loaded model or in front of another server."""
+    with _reported():
+        from bonbon.config import read_yaml
+        from bonbon.decoding.settings import with_named
+        from bonbon.serve.command import parse_serve_settings
+        from bonbon.serve.command import serve as start
+
+        values = with_named(
+            {} if config is None else read_yaml(config),
+            model=model, reward=reward, strategy=strategy, n=n,
+            upstream=upstream, host=host, port=port,
+        )  # fmt: skip
+        settings = parse_serve_settings(values, set_ or [], str(config or "the command line"))
+        _quiet_libraries()
+        start(settings)
+
+
+@app.command("fit-beta")
+def fit_beta(
+    groups: Annotated[
+        Path, typer.Argument(metavar="GROUPS", help="A folder of scored groups with a gold metric.")
+    ],
+    strategy: Annotated[str, typer.Option("--strategy", help="One that weighs by β (or τ).")],
+    by: Annotated[str, typer.Option("--by", help="The metric that holds the gold values.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the strategy's."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="The setting that is fitted.")] = "beta",
+    model: ModelName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Choose a strategy's β on a development set: where the gold value of its answers is largest.
+
+    Distances of embeddings take --model, the one that drew the groups.
+    """
+    with _reported():
+        from bonbon.decoding.console import show_fitted
+        from bonbon.decoding.fitting import fit_on_folder
+
+        if model is not None:
+            _quiet_libraries()
+        fitted = fit_on_folder(groups, strategy, set_ or [], by, field, model)
+        if as_json:
+            print(json.dumps(asdict(fitted), indent=2))
+        else:
+            show_fitted(fitted, field, by)
+
+
+@app.command()
+def plan(
+    groups: Annotated[
+        Path, typer.Argument(metavar="GROUPS", help="A pilot: a folder of scored groups.")
+    ],
+    win_rate: Annotated[float, typer.Option("--win-rate", help="The one that is wanted.")],
+    by: Annotated[
+        str | None, typer.Option("--by", help="A metric that decides a win in the reward's place.")
+    ] = None,
+    max_n: Annotated[int, typer.Option("--max-n", help="The largest n to consider.")] = 1024,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="How fast completions are drawn; else as the pilot's were.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw it into this file (PNG, SVG, PDF).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Which n reaches a wanted win rate, at what KL and cost, from a small pilot."""
+    with _reported():
+        from bonbon.groups import read_groups
+        from bonbon.plan import plan as make_plan
+        from bonbon.plan import plan_sentences, plan_table, sampling_speed_beside
+
+        speed = tokens_per_second or sampling_speed_beside(groups)
+        planned = make_plan(read_groups(groups), win_rate, by, max_n, speed)
+        if as_json:
+            print(json.dumps(asdict(planned), indent=2))
+        else:
+            from rich.console import Console
+
+            Console(width=None if sys.stdout.isatty() else 100).print(plan_table(planned))
+            print("\n".join(plan_sentences(planned)))
+        if plot is not None:
+            from bonbon.plots import plot_plan
+
+            plot_plan(planned, plot)
+            print(f"plot: {plot}", file=sys.stderr)
+
+
 @app.command()
 def report(
     folder: Annotated[
@@ -205,12 +369,28 @@ def _settings(
 ) -> RunConfig:
     from bonbon.config import load_config
 
+    return load_config(path, _changes(overrides, column, on_long_prompt))
+
+
+def _changes(
+    overrides: list[str] | None, column: str | None, on_long_prompt: str | None
+) -> list[str]:
     changes = list(overrides or [])
     if column is not None:
         changes.append(f"prompts.column={json.dumps(column)}")
     if on_long_prompt is not None:
         changes.append(f"sampling.on_long_prompt={json.dumps(on_long_prompt)}")
-    return load_config(path, changes)
+    return changes
+
+
+def _generate_into(settings: GenerateConfig, out: Path) -> None:
+    from bonbon.decoding.console import show_spent
+    from bonbon.decoding.stage import generate_into
+    from bonbon.run_folder import StageFolder
+
+    folder = StageFolder(out, settings)
+    with folder.locked():
+        show_spent(generate_into(folder, settings), settings, out)
 
 
 def _stage(settings: RunConfig, out: Path, name: str) -> tuple[RunFolder, Evaluation | None]:

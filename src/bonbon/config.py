@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -56,6 +56,9 @@ def _is_name(text: str) -> bool:
 def is_policy_name(text: str) -> bool:
     """Whether the evaluation can call a policy so: it keeps what it draws in folders of endings."""
     return _is_name(text) and not text.endswith(("-samples", "-forward"))
+
+
+Kind = TypeVar("Kind", bound="Settings")
 
 
 class Settings(BaseModel):
@@ -376,32 +379,55 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises BonbonError naming the wrong key or value and what was expected.
     """
+    return parse_config(read_yaml(path), overrides, source=str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file. Raises BonbonError when it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BonbonError(f"cannot read the configuration {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise BonbonError(f"the configuration {path} is not UTF-8") from error
-    return parse_config(_yaml(text, str(path)), overrides, source=str(path))
+    return _yaml(text, str(path))
 
 
 def parse_config(
     values: Any, overrides: Sequence[str] = (), source: str = "the configuration"
 ) -> RunConfig:
     """A checked configuration from plain values. Raises BonbonError as `load_config` does."""
+    return parse_settings(RunConfig, values, overrides, source)
+
+
+def parse_settings(
+    kind: type[Kind], values: Any, overrides: Sequence[str] = (), source: str = "the configuration"
+) -> Kind:
+    """Checked settings of any kind from plain values, `key=value` overrides applied.
+
+    Raises BonbonError naming the wrong key or value and what was expected.
+    """
     if not isinstance(values, dict):
         found = "it is empty" if values is None else "it has none"
         raise BonbonError(f"{source}: expected keys such as model, prompts, reward; {found}")
-    values = dict(values)
+    values = parse_overrides(overrides, values)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise BonbonError(f"{source}: {'; '.join(_explain(kind, error))}") from error
+
+
+def parse_overrides(
+    overrides: Sequence[str], values: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Plain values with `key=value` overrides set in them; BonbonError for any other form."""
+    changed = dict(values or {})
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not all(key.split(".")):
             raise BonbonError(f"--set {override!r}: write it as key=value, e.g. sampling.n=4")
-        _set(values, key.split("."), _yaml(value, f"--set {override}"), override)
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise BonbonError(f"{source}: {'; '.join(_explain(error))}") from error
+        _set(changed, key.split("."), _yaml(value, f"--set {override}"), override)
+    return changed
 
 
 class _Loader(yaml.SafeLoader):
@@ -432,12 +458,12 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
     values[keys[-1]] = value
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
+def _explain(root: type[BaseModel], error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            known = ", ".join(_known_keys(problem["loc"]))
+            known = ", ".join(_known_keys(root, problem["loc"]))
             yield f"unknown key {where} (known here: {known})"
         elif problem["type"] == "missing":
             yield f"the key {where} is missing"
@@ -447,8 +473,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield message
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    kind: Any = RunConfig
+def _known_keys(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    kind: Any = root
     for part in location[:-1]:
         field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
         kind = _settings_class(field.annotation) if field is not None else kind

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.config import LMEvalConfig
 from bonbon.errors import BonbonError
+from bonbon.importing import said
 from bonbon.progress import progress_bar
 
 # The harness's own defaults, so that its command picks the same few-shot examples.
@@ -179,7 +180,7 @@ def _evaluate(
             wrapped, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False
         )
     except Exception as error:  # a task may run any code
-        raise BonbonError(f"the lm_eval task {name!r} failed: {_said(error)}") from error
+        raise BonbonError(f"the lm_eval task {name!r} failed: {said(error)}") from error
     return list(_results(found))
 
 
@@ -202,10 +203,6 @@ def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
                 higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
                 n=counts.get(key, row.get("sample_len")),
             )
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 # --- loading tasks --------------------------------------------------------------------------------
@@ -264,7 +261,7 @@ def _load_task(manager: Any, name: str) -> Any:
         return manager.load([name])
     except Exception as error:  # a task may load its data by any code
         raise BonbonError(
-            f"the lm_eval task {name!r} cannot be loaded: {_said(error)}; check its YAML file, and "
+            f"the lm_eval task {name!r} cannot be loaded: {said(error)}; check its YAML file, and "
             "that its data are in local files, on a hub that can be reached, or in the cache of an "
             "earlier run"
         ) from error

@@ -14,6 +14,7 @@ from bonbon.tilt import BestOfN, optimal_win_rate
 
 if TYPE_CHECKING:
     from bonbon.evaluation.results import ModelEvaluation
+    from bonbon.plan import Plan
 
 # Okabe and Ito's colours, told apart with every common colour blindness.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -106,4 +107,43 @@ def plot_curves(
     axes.set_xlim(-0.1, max_kl)
     axes.set_ylim(0.5, 1.005)
     axes.legend(loc="lower right", fontsize=7)
+    _save(figure, path)
+
+
+def plot_plan(planned: Plan, path: Path) -> None:
+    """Win rate of best-of-n against the tokens it costs, and the wanted one.
+
+    Intervals as a band; what is extrapolated is dashed, from the last measured n on.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    colour = _COLOURS[1]
+    tokens = [row.tokens for row in planned.rows]
+    rates = [row.win_rate for row in planned.rows]
+    measured = sum(not row.extrapolated for row in planned.rows)
+    for part, style, label in (
+        (slice(measured), "o-", "measured"),
+        (slice(measured - 1, None), "--", "extrapolated"),
+    ):
+        if len(tokens[part]) > 1 or label == "measured":
+            values = [rate.value for rate in rates[part]]
+            axes.plot(tokens[part], values, style, color=colour, markersize=4, label=label)
+    axes.fill_between(
+        tokens, [r.low for r in rates], [r.high for r in rates],
+        color=colour, alpha=0.15, linewidth=0, label="95% interval",
+    )  # fmt: skip
+    axes.axhline(planned.wanted, color="black", linewidth=0.8, label="wanted")
+    for row in planned.rows:
+        axes.annotate(
+            f"{row.n}", (row.tokens, row.win_rate.value), (0, -11), textcoords="offset points",
+            fontsize=7, color="#555555", ha="center",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens generated a prompt (points: n)")
+    by = "" if planned.by is None else f" by {planned.by}"
+    axes.set_ylabel(f"win rate of best-of-n{by}")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize=8)
     _save(figure, path)

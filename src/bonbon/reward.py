@@ -7,10 +7,7 @@ and the completion, so that no reward can silently change a result.
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +22,7 @@ from bonbon.batching import kept_when_cut, token_batches
 from bonbon.digests import file_digest
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Prompt, as_text
+from bonbon.importing import import_function, said
 from bonbon.logprobs import forward_parameters
 from bonbon.models import (
     apply_chat_template,
@@ -58,20 +56,7 @@ class FunctionReward:
     @classmethod
     def from_name(cls, name: str) -> FunctionReward:
         """Import the function; modules in the current folder are found too."""
-        module_name, _, function_name = name.partition(":")
-        if not module_name or not function_name:
-            raise BonbonError(f"reward function {name!r}: write it as package.module:function")
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())  # last: nothing there may stand in for a library
-        try:
-            function = getattr(importlib.import_module(module_name), function_name)
-        except Exception as error:  # an import runs the user's code: anything may come out of it
-            raise BonbonError(
-                f"reward function {name!r} cannot be imported: {_said(error)}"
-            ) from error
-        if not callable(function):
-            raise BonbonError(f"reward function {name!r} is not a function")
-        return cls(name, function)
+        return cls(name, import_function(name, "reward function"))
 
     def digest(self) -> str | None:
         """A hash of the file that the function is written in; None where there is none."""
@@ -85,11 +70,7 @@ class FunctionReward:
         try:
             return np.asarray(self.function(prompts, completions), dtype=np.float64)
         except Exception as error:  # the user's code again
-            raise BonbonError(f"reward function {self.name!r} failed: {_said(error)}") from error
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise BonbonError(f"reward function {self.name!r} failed: {said(error)}") from error
 
 
 class RewardModel:

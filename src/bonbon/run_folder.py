@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from bonbon.config import RunConfig, flatten
+from bonbon.config import RunConfig, Settings, flatten
 from bonbon.errors import BonbonError
 from bonbon.files import read_json, write_json, write_text
 from bonbon.groups import shard_paths
@@ -26,35 +26,13 @@ from bonbon.groups import shard_paths
 NEUTRAL = ("max_batch_tokens", "device")
 
 
-class RunFolder:
-    """The layout of a run's folder.
+class StageFolder:
+    """A folder that stages write into, with notes under `.bonbon/` of what they were asked for."""
 
-    `samples/` and `groups/` hold the drawn and the scored groups, `model/` and
-    `baselines/NAME/` the trained models, `evaluation/` the evaluation, `.bonbon/` notes and
-    training checkpoints.
-    """
-
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: Settings) -> None:
         self.path = path
-        self.config = config
-        self.samples = path / "samples"
-        self.groups = path / "groups"
-        self.evaluation = path / "evaluation"
+        self._settings = config
         self._notes = path / ".bonbon"
-
-    def model(self, name: str) -> Path:
-        """Where the model of that name is put."""
-        if name == self.config.model_name:
-            return self.path / "model"
-        return self.path / "baselines" / name
-
-    def training(self, name: str) -> str:
-        """The stage that trains the model of that name, called after where it is put."""
-        return "train" if name == self.config.model_name else f"train-baseline-{name}"
-
-    def checkpoints(self, name: str) -> Path:
-        """Where the checkpoints of a training lie until it is done."""
-        return self._notes / f"{self.training(name)}-checkpoints"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -101,7 +79,7 @@ class RunFolder:
 
     def write_config(self) -> None:
         """Write the configuration to `config.yaml`."""
-        dump = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        dump = yaml.safe_dump(self._settings.model_dump(mode="json"), sort_keys=False)
         write_text(self.path / "config.yaml", dump)
 
     def forget(self, stage: str) -> None:
@@ -150,6 +128,36 @@ class RunFolder:
         """Whether a stage was finished and its shards are still all there."""
         note = self._notes / f"{stage}.done.json"
         return note.exists() and read_json(note)["shards"] == len(shard_paths(output))
+
+
+class RunFolder(StageFolder):
+    """The layout of a run's folder.
+
+    `samples/` and `groups/` hold the drawn and the scored groups, `model/` and
+    `baselines/NAME/` the trained models, `evaluation/` the evaluation, `.bonbon/` notes and
+    training checkpoints.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        super().__init__(path, config)
+        self.config = config
+        self.samples = path / "samples"
+        self.groups = path / "groups"
+        self.evaluation = path / "evaluation"
+
+    def model(self, name: str) -> Path:
+        """Where the model of that name is put."""
+        if name == self.config.model_name:
+            return self.path / "model"
+        return self.path / "baselines" / name
+
+    def training(self, name: str) -> str:
+        """The stage that trains the model of that name, called after where it is put."""
+        return "train" if name == self.config.model_name else f"train-baseline-{name}"
+
+    def checkpoints(self, name: str) -> Path:
+        """Where the checkpoints of a training lie until it is done."""
+        return self._notes / f"{self.training(name)}-checkpoints"
 
     def last_checkpoint(self, name: str) -> Path | None:
         """The newest whole checkpoint of a training; torn ones are removed."""

@@ -76,15 +76,15 @@ def reward_identity(settings: RewardConfig) -> dict[str, Any]:
 def evaluation_prompts(config: RunConfig) -> list[PromptRow]:
     """The prompts to evaluate on alone."""
     if config.evaluation.prompts is not None:
-        return _read(config.evaluation.prompts)
+        return read_configured(config.evaluation.prompts)
     return load_prompts(config)[1]
 
 
 def load_prompts(config: RunConfig) -> tuple[list[PromptRow], list[PromptRow]]:
     """The prompts to train on and those to evaluate on."""
-    training = _read(config.prompts)
+    training = read_configured(config.prompts)
     if config.evaluation.prompts is not None:
-        return training, _read(config.evaluation.prompts)
+        return training, read_configured(config.evaluation.prompts)
     kept, held = hold_out(training, config.evaluation.holdout)
     if not kept or not held:
         raise BonbonError(
@@ -94,7 +94,8 @@ def load_prompts(config: RunConfig) -> tuple[list[PromptRow], list[PromptRow]]:
     return kept, held
 
 
-def _read(prompts: PromptsConfig) -> list[PromptRow]:
+def read_configured(prompts: PromptsConfig) -> list[PromptRow]:
+    """The prompts of a configured file. Raises BonbonError as `read_prompts` does."""
     return read_prompts(
         prompts.path, prompts.column, prompts.id_column, prompts.split, prompts.limit
     )

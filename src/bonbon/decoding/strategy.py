@@ -108,7 +108,8 @@ class Source(Protocol):
     def draw(self, prompts: Sequence[EncodedPrompt], ks: Sequence[range]) -> list[Candidates]:
         """Completions `ks[i]` of the i-th prompt's sequence of draws, unscored.
 
-        A server may fail some of them: a group may hold fewer, but never none.
+        A server may fail some of them: a group may hold fewer, and none where other draws of the
+        same prompt have arrived.
         """
         ...
 
@@ -132,6 +133,10 @@ class Strategy(Settings):
     needs_reward: ClassVar[bool] = True
     needs_logprobs: ClassVar[bool] = False  # a server has to be asked for them
     stepwise: ClassVar[bool] = False
+    # Whether the candidates are n independent draws of the base model, as training takes them.
+    independent: ClassVar[bool] = True
+    # Settings that name code or models to load: not for a stranger's request to choose.
+    loads: ClassVar[frozenset[str]] = frozenset()
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], source: Source, reward: Reward | None
@@ -192,13 +197,15 @@ def score(candidates: Sequence[Candidates], reward: Reward) -> list[Candidates]:
     """The candidates with their rewards, all scored in one call of the reward, and its cost."""
     from bonbon.reward import score_groups
 
-    rewards, seconds = timed(score_groups, reward, [found.group for found in candidates])
     total = sum(found.group.n for found in candidates)
+    if total == 0:
+        return [Candidates(found.group.with_rewards(()), found.cost) for found in candidates]
+    rewards, seconds = timed(score_groups, reward, [found.group for found in candidates])
     return [
         Candidates(
             found.group.with_rewards(values),
             found.cost
-            + Cost(reward_calls=found.group.n, seconds=seconds * found.group.n / max(total, 1)),
+            + Cost(reward_calls=found.group.n, seconds=seconds * found.group.n / total),
         )
         for found, values in zip(candidates, rewards, strict=True)
     ]

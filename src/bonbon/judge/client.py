@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from bonbon.judge.endpoint import Judge, NoReplyError, RefusedError, ask, redacted
+from bonbon.endpoints import backoff, redacted
+from bonbon.judge.endpoint import Judge, NoReplyError, RefusedError, ask
 from bonbon.judge.questions import Question, parse_verdict, request_of
 from bonbon.judge.store import Judgement
 
@@ -129,7 +129,7 @@ def _judge_one(judge: Judge, key: str, question: Question) -> Judgement:
             reply, is_whole = ask(judge, body, question.comparison.prompt_id)
             verdict = parse_verdict(reply) if is_whole else None
             if verdict is not None or unread == judge.config.retries:
-                return _judgement(key, question, verdict, redacted(judge, reply))
+                return _judgement(key, question, verdict, redacted(reply, judge.secret))
             unread += 1
             pause = _pause(0)
         except NoReplyError as error:
@@ -148,6 +148,5 @@ def _judgement(key: str, question: Question, verdict: str | None, reply: str) ->
 
 
 def _pause(attempt: int) -> float:
-    """Seconds; spread, so that workers that failed together do not come back together."""
-    doubled = _FIRST_PAUSE * 2.0 ** min(attempt, 30)
-    return min(doubled, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+    """Seconds before the next try."""
+    return backoff(attempt, _FIRST_PAUSE, _LONGEST_PAUSE)

@@ -1,0 +1,129 @@
+"""Adaptive n: go on drawing for a prompt while a further draw is worth its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import Field
+
+from bonbon.decoding.strategy import Candidates, Floats, Generation, Source, Strategy, score
+from bonbon.groups import Group
+from bonbon.prompts import EncodedPrompt
+
+if TYPE_CHECKING:
+    from bonbon.reward import Reward
+
+
+def expected_gain(rewards: ArrayLike) -> float:
+    """What the best reward is expected to grow by with draw k + 1, from the rewards of k draws.
+
+    The expected growth G_m = E[max of m] − E[max of m − 1] has an unbiased estimate for each
+    m ≤ k, the mean over all subsets of the draws: with r_(1) ≤ … ≤ r_(k),
+
+        G_m = Σ_i (r_(i+1) − r_(i)) · C(i, m−1)/C(k, m−1) · (k − i)/(k − m + 1).
+
+    For m = k that is (r_(k) − r_(k−1))/k, a single spacing and so mostly noise. Here m = ⌊k/2⌋ + 1,
+    where many spacings share in it, and it is carried on to k + 1 as 1/m, an exponential tail's law
+    (rewards without such a tail gain less, heavier tails more):
+
+        G_(k+1) ≈ G_m · m/(k + 1).
+
+    No distribution is fitted: the expected improvement under a fitted Student-t or
+    normal draws far too long where rewards have a ceiling.
+
+    In units of the reward; a shift of all rewards changes nothing, a factor multiplies it. Zero
+    where all rewards tie, infinite for fewer than two, which say nothing.
+    """
+    ordered = np.sort(np.asarray(rewards, dtype=np.float64))
+    if len(ordered) < 2:
+        return math.inf
+    return float(np.diff(ordered) @ _spacing_weights(len(ordered)))
+
+
+@lru_cache(maxsize=1024)
+def _spacing_weights(k: int) -> Floats:
+    """The weight of each spacing r_(i+1) − r_(i), i = 1..k−1, in `expected_gain`."""
+    m = k // 2 + 1
+    below = np.array([math.comb(i, m - 1) / math.comb(k, m - 1) for i in range(1, k)])
+    above = (k - np.arange(1, k)) / (k - m + 1)
+    return np.asarray(below * above * m / (k + 1))
+
+
+class AdaptiveN(Strategy):
+    """Draw in rounds, and stop where the expected gain of one more draw is below its price.
+
+    A prompt's first round has `min_n` draws, each further one `batch`, never more than n in all.
+    Drawing stops when `expected_gain` < price · the mean length so far in tokens (1 at least), and
+    the best is kept, of tied candidates the first drawn. At price 0 it is best-of-n. A prompt's
+    draws are those of best-of-n, and its end does not depend on the other prompts; the prompts that
+    go on are drawn together. Each round reads the prompt anew, which a larger `batch` saves.
+
+    With a known distribution of rewards the rule that stops at the best possible time is
+    Weitzman's (1979), whose threshold b solves E[(R − b)⁺] = cost; Kalayci et al. 2025
+    (arXiv 2510.01394) bring it to language models. Here the distribution is known from a prompt's
+    few rewards alone, and the estimate decides. It cannot know of rewards that it has not seen:
+    where rewards are sparse (0 for nearly all completions) the first ones tie, the gain is 0, and
+    drawing stops after `min_n`. Set `min_n` so large that a success is likely among as many draws.
+    """
+
+    independent: ClassVar[bool] = False  # how many there are depends on what they are
+
+    price: float = Field(ge=0, description="of a token, in units of the reward")
+    batch: int = Field(1, ge=1, description="draws a prompt in each round after the first")
+    min_n: int = Field(4, ge=2, description="draws of the first round")
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], source: Source, reward: Reward | None
+    ) -> list[Generation]:
+        """See `Strategy.generate`. Raises ValueError without a reward."""
+        if reward is None:
+            raise ValueError("adaptive n stops and chooses by a reward; pass one")
+        found: dict[int, Candidates] = {}
+        still_open = list(range(len(prompts)))
+        for numbers in self.rounds(source.config.n):
+            drawn = source.draw([prompts[i] for i in still_open], [numbers] * len(still_open))
+            for i, new in zip(still_open, score(drawn, reward), strict=True):
+                found[i] = _joined(found[i], new) if i in found else new
+            still_open = [i for i in still_open if self.goes_on(found[i].group)]
+            if not still_open:
+                break
+        best = [int(np.argmax(found[i].group.rewards or ())) for i in range(len(prompts))]
+        return [Generation(found[i].group, k, found[i].cost) for i, k in enumerate(best)]
+
+    def rounds(self, n: int) -> list[range]:
+        """Which of a prompt's n draws each round makes."""
+        first = n if self.price == 0 else min(self.min_n, n)
+        return [
+            range(start, stop) for start, stop in pairwise([0, *range(first, n, self.batch), n])
+        ]
+
+    def goes_on(self, group: Group) -> bool:
+        """Whether a further draw is worth its price.
+
+        Draws that failed do not count towards `min_n`, but they do towards n.
+        """
+        assert group.rewards is not None
+        tokens = max(sum(group.lengths()) / group.n, 1.0)
+        return group.n < self.min_n or expected_gain(group.rewards) >= self.price * tokens
+
+
+def _joined(found: Candidates, new: Candidates) -> Candidates:
+    """Candidates of one prompt after further ones of it."""
+    a, b = found.group, new.group
+    group = replace(
+        a,
+        completions=a.completions + b.completions,
+        token_ids=a.token_ids + b.token_ids,
+        logprobs=a.logprobs + b.logprobs,
+        finish_reasons=a.finish_reasons + b.finish_reasons,
+        rewards=(a.rewards or ()) + (b.rewards or ()),
+        metrics={name: values + b.metrics[name] for name, values in a.metrics.items()},
+    )
+    return Candidates(group, found.cost + new.cost)

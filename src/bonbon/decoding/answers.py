@@ -1,0 +1,78 @@
+r"""Extractors: a completion's final answer as text, or None where it gives none.
+
+Each takes one completion's text. Numbers come out in one spelling, so that votes for the same
+number count together: `1,234.50`, `$1234.5` and `1234.5%` are all `1234.5`, and `5.0` is `5`.
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+"
+_CURRENCY = "[$€£¥]?"
+# Behind a word, a digit or a bracket a hyphen is no sign: `10-3`, `x-3`.
+_SIGN = r"(?:(?<![\w)\]}%])[-−+])?"
+_NUMBER = re.compile(
+    rf"(?P<sign>{_SIGN})\\?{_CURRENCY}(?P<digits>{_DIGITS})(?P<power>[eE][-+]?\d{{1,3}}(?!\d))?"
+)
+# A text that is a number and nothing else, units of money and per cent aside.
+_WHOLE = re.compile(rf"\$?{_NUMBER.pattern}\s*(?:\\?%)?\$?\.?")
+
+
+def last_number(text: str) -> str | None:
+    """The last number in the text; per cent signs and currencies are dropped, commas are read.
+
+    A fraction or a date is several numbers, of which the last counts; for such answers use `boxed`,
+    `final_line` or a function of your own.
+    """
+    numbers = list(_NUMBER.finditer(text))
+    return _spelt(numbers[-1]) if numbers else None
+
+
+def boxed(text: str) -> str | None:
+    r"""What the last whole `\boxed{…}` holds, braces inside included; None where it is empty."""
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        end = _closing_brace(text, start)
+        if end is not None:
+            return _tidy(text[start:end])
+    return None
+
+
+def final_line(text: str) -> str | None:
+    """The last line that is not empty."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return _tidy(lines[-1]) if lines else None
+
+
+def gsm8k(text: str) -> str | None:
+    """The number behind the last `####`, on its line, as GSM8K's answers end; None without one."""
+    _, mark, behind = text.rpartition("####")
+    found = _NUMBER.search(behind.partition("\n")[0]) if mark else None
+    return None if found is None else _spelt(found)
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Where the brace that was opened before `start` closes; `\\{` and `\\}` are no braces."""
+    depth = 1
+    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return start + match.start()
+    return None
+
+
+def _tidy(text: str) -> str | None:
+    """The text without spaces around it, in a number's one spelling where it is a number."""
+    text = text.strip()
+    number = _WHOLE.fullmatch(text)
+    return (_spelt(number) if number else text) or None
+
+
+def _spelt(number: re.Match[str]) -> str:
+    """A number without leading or trailing zeros, thousands commas or an exponent."""
+    value = Decimal(number["digits"].replace(",", "") + (number["power"] or ""))
+    text = format(value, "f")  # exact, however many digits
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    negative = number["sign"] in ("-", "−") and value != 0
+    return f"-{text}" if negative else text

@@ -1,0 +1,72 @@
+"""`generate`: prompts in, the best answers that n draws can buy out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bonbon.config import SamplingConfig
+from bonbon.decoding.catalogue import parse_strategy, strategy_name
+from bonbon.decoding.settings import reward_settings
+from bonbon.decoding.source import LocalSource
+from bonbon.decoding.strategy import Generation, Strategy
+from bonbon.groups import Prompt
+from bonbon.models import load_policy
+from bonbon.prompts import PromptRow
+from bonbon.reward import Reward
+from bonbon.stages import build_reward
+
+
+def generate(
+    prompts: Sequence[Prompt | PromptRow],
+    model: str | PreTrainedModel,
+    reward: str | Reward | None = None,
+    strategy: str | Strategy = "best_of_n",
+    *,
+    sampling: SamplingConfig | None = None,
+    processing_class: Tokenizer | None = None,
+    stop: Sequence[str] = (),
+    progress: Callable[[int], Any] | None = None,
+) -> list[Generation]:
+    """Answer each prompt by a strategy.
+
+    Args:
+        prompts: texts, lists of {"role", "content"} messages, or `PromptRow`s. A prompt's draws
+            depend on its id (`row-1`, `row-2`, … where it has none) and not on its neighbours.
+        model: a folder or hub id, or a model in evaluation mode with its `processing_class`.
+        reward: anything that maps (prompts, completions) to numbers, a reward model's folder or
+            hub id, or `package.module:function`. Strategies that vote take none.
+        strategy: a name, or settings such as `SpeculativeRejection(alpha=0.5)`.
+        sampling: how completions are drawn; `sampling.n` candidates are what a strategy may spend.
+        stop: strings at whose first appearance a completion ends.
+        progress: called with the number of tokens of each step.
+
+    Raises BonbonError for prompts that do not fit, a model or reward that cannot be loaded, and
+    rewards that are not finite; ValueError for an unknown strategy or a reward that is missing.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a list of prompts; put the only one into a list")
+    chosen = parse_strategy(strategy)
+    if chosen.needs_reward and reward is None:
+        raise ValueError(f"strategy {strategy_name(chosen)} chooses by a reward; pass one")
+    if isinstance(model, str):
+        model, loaded = load_policy(model)
+        processing_class = processing_class or loaded
+    if processing_class is None:
+        raise ValueError("a loaded model needs its tokenizer; pass it as processing_class")
+    if isinstance(reward, str):
+        reward = build_reward(reward_settings(reward))
+    source = LocalSource(
+        model, processing_class, sampling or SamplingConfig(), tuple(stop), progress
+    )
+    return chosen.generate(source.encode(_rows(prompts)), source, reward)
+
+
+def _rows(prompts: Sequence[Prompt | PromptRow]) -> list[PromptRow]:
+    return [
+        prompt if isinstance(prompt, PromptRow) else PromptRow(f"row-{number}", prompt)
+        for number, prompt in enumerate(prompts, start=1)
+    ]

@@ -1,0 +1,91 @@
+"""What `bonbon generate` prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from bonbon.decoding.catalogue import strategy_name
+from bonbon.decoding.settings import GenerateConfig
+from bonbon.decoding.strategy import Generation
+
+if TYPE_CHECKING:
+    from bonbon.decoding.fitting import FittedBeta
+    from bonbon.decoding.stage import Spent
+
+
+def answer_prompts(config: GenerateConfig, texts: Sequence[str]) -> None:
+    """Answer prompts at once: each answer on standard output, its cost on standard error."""
+    from bonbon.decoding.source import LocalSource
+    from bonbon.prompts import PromptRow
+    from bonbon.stages import build_reward, load_model
+
+    model, tokenizer = load_model(config.model)
+    reward = None if config.reward is None else build_reward(config.reward)
+    source = LocalSource(model, tokenizer, config.sampling)
+    rows = [PromptRow(f"row-{number}", _prompt(text, tokenizer.chat_template is not None))
+            for number, text in enumerate(texts, start=1)]  # fmt: skip
+    for generation in config.strategy.generate(source.encode(rows), source, reward):
+        print(_printable(generation.completion))
+        print(f"({_cost(generation)})", file=sys.stderr)
+
+
+def _prompt(text: str, chat: bool) -> str | list[dict[str, str]]:
+    """A text for a model of plain text, a user's message for a chat model."""
+    return [{"role": "user", "content": text}] if chat else text
+
+
+def _printable(text: str) -> str:
+    """Without control characters: what a model writes must not steer a terminal."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+
+
+def _cost(generation: Generation) -> str:
+    cost = generation.cost
+    reward = "" if generation.reward is None else f"reward {generation.reward:.3g}, "
+    return (
+        f"{reward}{generation.group.n} candidates, {cost.generated:,} tokens generated, "
+        f"{cost.prefilled:,} prefilled, {cost.reward_calls} scored, {cost.seconds:.2f} s"
+    )
+
+
+def show_spent(spent: Spent, config: GenerateConfig, out: Path) -> None:
+    """A table of what an answer cost on the average, and where everything is."""
+    each = spent.per_answer()
+    table = Table(title=f"{strategy_name(config.strategy)}, n = {config.sampling.n}")
+    row = {"prompts": f"{spent.prompts:,}"}
+    if spent.reward is not None:
+        half = (spent.reward.high - spent.reward.low) / 2
+        row["mean reward"] = f"{spent.reward.value:.4g} ± {half:.2g}"
+    row |= {
+        "tokens an answer": f"{each.generated:,}",
+        "prefilled": f"{each.prefilled:,}",
+        "scored": f"{each.reward_calls:,}",
+        "seconds": f"{each.seconds:.3f}",
+    }
+    for name in row:
+        table.add_column(name, justify="right")
+    table.add_row(*row.values())
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print(f"candidates   {out / 'generations'}")
+    print(f"cost         {out / 'cost.json'}")
+    print(f"completions  {out / 'completions.jsonl'}")
+
+
+def show_fitted(fitted: FittedBeta, field: str, by: str) -> None:
+    """The curve as a table, and which value is best."""
+    table = Table(title=f"{by} of the answers by {field}")
+    for name in (field, by, "95% interval"):
+        table.add_column(name, justify="right")
+    for point in fitted.curve:
+        best = " *" if point.beta == fitted.beta else ""
+        interval = f"{point.gold.low:.4g} to {point.gold.high:.4g}"
+        table.add_row(f"{point.beta:.4g}{best}", f"{point.gold.value:.4g}", interval)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    edge = ", at the edge of what was tried: a wider grid may hold a better one"
+    print(f"best: {field} = {fitted.beta:.4g}{edge if fitted.at_edge else ''}")

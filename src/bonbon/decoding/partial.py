@@ -1,0 +1,158 @@
+"""Partial scores: how promising a completion is before its end.
+
+Stepwise strategies score completions while they are drawn, by `partial`:
+
+- `reward`: the reward of the text as far as it goes. Reward models were trained on whole texts, so
+  how well this works depends on them.
+- `{implicit: MODEL}`: the log-ratio of a policy tuned from the base model (by DPO or BoNBoN) to the
+  base model, token by token. A policy that was tuned to π* ∝ π0 e^(r/β) has, up to a constant,
+  β ln π*(y)/π0(y) = r(y) as its implicit reward (Rafailov et al. 2023, arXiv 2305.18290), and its
+  tokens' log-ratios are its advantages (Rafailov et al. 2024, arXiv 2404.12358).
+
+Both models read a partial completion anew at each checkpoint; that is not counted as drawn tokens,
+but each scoring counts as a reward call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import Field
+
+from bonbon.config import Settings
+from bonbon.decoding.strategy import Floats, Source
+from bonbon.errors import BonbonError
+from bonbon.groups import Group
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from bonbon.batching import PaddedRows
+    from bonbon.reward import Reward
+
+# Scores of a group's completions, (n,), in the reward's unit; the second argument says which of
+# them are whole.
+Score = Callable[[Group, Sequence[bool]], Floats]
+LogRatios = Callable[[Group], list[Floats]]
+
+
+class ImplicitReward(Settings):
+    """Partial scores by a tuned policy in place of the reward."""
+
+    implicit: str = Field(description="a model tuned from the base model: a folder or hub id")
+
+
+Partial = Literal["reward"] | ImplicitReward
+
+
+def by_reward(reward: Reward) -> Score:
+    """Score every completion, partial or whole, by its reward.
+
+    The score raises BonbonError for rewards that are not finite.
+    """
+    from bonbon.reward import score_groups
+
+    def score(group: Group, whole: Sequence[bool]) -> Floats:
+        return np.array(score_groups(reward, [group])[0], dtype=np.float64)
+
+    return score
+
+
+def weighted_implicit_reward(log_ratios: ArrayLike) -> float:
+    """Σ_t w_t ln π*(y_t|x, y_<t)/π0(y_t|x, y_<t) with w_t = 1/t, nats; 0 without tokens.
+
+    TreeBoN's score of partial completions (Qiu et al. 2024, arXiv 2410.16033, section 3), which
+    writes w_k = 1/|y_:k|; here |y_:k| counts the token itself, as the first one's weight would
+    have no value otherwise.
+    """
+    ratios = np.asarray(log_ratios, dtype=np.float64)
+    return float(ratios @ (1 / np.arange(1, len(ratios) + 1)))
+
+
+# --- token log-ratios -----------------------------------------------------------------------------
+
+
+def token_log_ratios(name: str, source: Source) -> LogRatios:
+    """ln π*(y_t|x, y_<t)/π0(y_t|x, y_<t) of each completion's tokens (nats), π0 being `source`'s.
+
+    Both models are taken at the source's sampling temperature; top-k and top-p play no part.
+
+    Raises BonbonError when the tuned model `name` cannot be loaded or has another vocabulary, and
+    for a source without a model.
+    """
+    from bonbon.decoding.source import LocalSource
+
+    if not isinstance(source, LocalSource):
+        raise BonbonError(
+            f"an implicit reward ({name}) compares with the base model's own log-probabilities, "
+            "which takes a model in this process; set partial to reward"
+        )
+    tuned, tokenizer = _load(name, str(source.model.device), source.model.dtype)
+    _check_vocabulary(name, tuned, tokenizer, source)
+    models, temperature = (tuned, source.model), source.config.temperature
+
+    def log_ratios(group: Group) -> list[Floats]:
+        ours, theirs = (_token_log_probs(model, group, temperature) for model in models)
+        return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+    return log_ratios
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
+    """The tuned policy, kept so that it is loaded once however often a strategy is called."""
+    from bonbon.models import load_policy
+
+    model, tokenizer = load_policy(name, device=device)
+    return model.to(dtype=dtype), tokenizer
+
+
+def _check_vocabulary(name: str, tuned: PreTrainedModel, tokenizer: Tokenizer, base: Any) -> None:
+    def width(model: PreTrainedModel) -> int:
+        return int(model.config.get_text_config().vocab_size)
+
+    same = tokenizer.get_vocab() == base.tokenizer.get_vocab()
+    if not same or width(tuned) < width(base.model):
+        raise BonbonError(
+            f"model {name} has another vocabulary than the base model, so it cannot score its "
+            "tokens; name a model that was tuned from this base"
+        )
+
+
+def _token_log_probs(model: PreTrainedModel, group: Group, temperature: float) -> list[Floats]:
+    """ln π of each completion's tokens behind the prompt, one vector a completion."""
+    from bonbon.batching import pad_rows, token_batches
+    from bonbon.models import forward_batch_tokens
+
+    lengths = [len(group.prompt_token_ids) + count for count in group.lengths()]
+    found: list[Floats] = [np.empty(0)] * group.n
+    for batch in token_batches(group.token_ids, lengths, forward_batch_tokens(None, model.device)):
+        ids = [group.token_ids[index] for index in batch]
+        rows = pad_rows([group.prompt_token_ids] * len(batch), ids, 0)
+        for index, row in zip(batch, _forward(model, rows, temperature), strict=True):
+            found[index] = row[: len(group.token_ids[index])]
+    return found
+
+
+def _forward(model: PreTrainedModel, rows: PaddedRows, temperature: float) -> Floats:
+    """ln π of the rows' completions, (rows, longest completion); padding has a number too."""
+    import torch
+
+    from bonbon.logprobs import last_log_probs
+
+    inputs: dict[str, Any] = {  # The last column predicts nothing.
+        "input_ids": rows.input_ids[:, :-1].to(model.device),
+        "attention_mask": rows.attention_mask[:, :-1].to(model.device),
+        "position_ids": rows.position_ids[:, :-1].to(model.device),
+        "use_cache": False,
+    }
+    with torch.inference_mode():
+        ids = rows.completion_ids.to(model.device)
+        log_probs = last_log_probs(model, ids, temperature, lambda: inputs)
+    return np.asarray(log_probs.double().cpu())

@@ -1,0 +1,110 @@
+"""The settings of `bonbon generate`: what decoding needs of a run, and a strategy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PlainSerializer, PlainValidator
+
+from bonbon.config import (
+    ModelConfig,
+    PromptsConfig,
+    RewardConfig,
+    RunConfig,
+    SamplingConfig,
+    Settings,
+    parse_settings,
+)
+from bonbon.decoding.catalogue import describe_strategy, parse_strategy, strategy_name
+from bonbon.decoding.strategy import Strategy
+from bonbon.errors import BonbonError
+
+DEFAULT_STRATEGY = "best_of_n"
+
+# A strategy as a setting: a name, or `{name: NAME, setting: value, …}`.
+StrategySetting = Annotated[
+    Strategy, PlainValidator(parse_strategy), PlainSerializer(describe_strategy)
+]
+
+
+class GenerateConfig(Settings):
+    """Everything that defines what `bonbon generate` writes."""
+
+    model: ModelConfig
+    prompts: PromptsConfig | None = Field(None, description="a file of them")
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig | None = Field(None, description="None: for strategies that only vote")
+    strategy: StrategySetting = Field(DEFAULT_STRATEGY, validate_default=True)
+
+
+def parse_generate_config(
+    values: Any, overrides: Sequence[str] = (), source: str = "the command line"
+) -> GenerateConfig:
+    """Checked settings; what belongs to the rest of a run (`train` and so on) is passed over.
+
+    Raises BonbonError naming the wrong key or value and what was expected.
+    """
+    if isinstance(values, dict):
+        others = RunConfig.model_fields.keys() - GenerateConfig.model_fields.keys()
+        values = {key: value for key, value in values.items() if key not in others}
+    config = parse_settings(GenerateConfig, values, overrides, source)
+    check_reward(config.strategy, config.reward)
+    return config
+
+
+def check_reward(strategy: Strategy, reward: RewardConfig | None) -> None:
+    """Raise BonbonError for a strategy that chooses by a reward and has none."""
+    if strategy.needs_reward and reward is None:
+        raise BonbonError(
+            f"strategy {strategy_name(strategy)} chooses by a reward; name one with --reward, or "
+            "as `reward` in the configuration"
+        )
+
+
+def with_named(
+    values: Any,
+    *,
+    model: str | None = None,
+    reward: str | None = None,
+    strategy: str | None = None,
+    prompts: Path | None = None,
+    n: int | None = None,
+    upstream: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+) -> Any:
+    """Plain settings with what the options of a command name in place of what they have.
+
+    A reward replaces the settings' whole; so does a strategy of another name.
+    """
+    if not isinstance(values, dict):
+        return values
+    changed = dict(values)
+    if reward is not None:
+        changed["reward"] = reward_settings(reward).model_dump(exclude_defaults=True)
+    found = changed.get("strategy", DEFAULT_STRATEGY)
+    found = {"name": found} if isinstance(found, str) else found  # --set reaches its settings
+    same = isinstance(found, dict) and strategy in (None, found.get("name"))
+    changed["strategy"] = found if same else {"name": strategy}
+    for section, key, value in (
+        ("model", "name", model),
+        ("prompts", "path", None if prompts is None else str(prompts)),
+        ("sampling", "n", n),
+        ("upstream", "base_url", upstream),
+    ):
+        if value is not None:
+            inner = changed.get(section)
+            changed[section] = {**(inner if isinstance(inner, dict) else {}), key: value}
+    return changed | {
+        key: value for key, value in (("host", host), ("port", port)) if value is not None
+    }
+
+
+def reward_settings(name: str) -> RewardConfig:
+    """`package.module:function` as a function, anything else as a reward model."""
+    if re.fullmatch(r"[\w.]+:\w+", name):
+        return RewardConfig(function=name)
+    return RewardConfig(model=name)

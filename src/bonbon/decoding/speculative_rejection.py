@@ -1,0 +1,110 @@
+"""Speculative rejection: best-of-n that gives up the least promising rows on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import Field
+
+from bonbon.config import SamplingConfig
+from bonbon.decoding.partial import Score
+from bonbon.decoding.stepwise import ScoredRows, Stepwise, best_first, best_whole, joined
+from bonbon.decoding.strategy import Generation, StepwiseSource
+from bonbon.errors import BonbonError
+from bonbon.prompts import EncodedPrompt
+
+if TYPE_CHECKING:
+    from bonbon.reward import Reward
+
+
+def survivors(live: int, alpha: float) -> int:
+    """How many of `live` rows go on when the fraction `alpha` < 1, rounded down, is dropped."""
+    # 0.29 · 100 is a little less than 29 in floating point.
+    return live - int(alpha * live + 1e-9)
+
+
+def _drop_least(rows: ScoredRows, live: Sequence[int], count: int) -> None:
+    rewards = np.array(rows.scored().rewards)[live]
+    dropped = {live[index] for index in best_first(rewards)[-count:]}
+    rows.select([row for row in range(rows.n) if row not in dropped])
+
+
+class SpeculativeRejection(Stepwise):
+    """Draw n rows; at checkpoints drop the fraction α of the live ones of least reward so far.
+
+    The best whole completion is returned (Sun et al. 2024, arXiv 2410.20290). α is taken of the
+    rows that still go on, rounded down, so that one at least goes on; of tied rows the later ones
+    are dropped. Whole completions are never dropped and hold no cache. A dropped row stays in the
+    group, behind the whole ones, with the finish reason `rejected`, the tokens it had, and its last
+    partial reward. With α = 0 and no budget this is best-of-n, at its cost: where nothing is
+    dropped nothing is scored.
+
+    Without `max_cache_tokens` a checkpoint comes every `checkpoint_tokens` tokens. With it the
+    paper's way holds: as many of the n rows start as the budget has room for (live rows × the
+    columns of prompt and tokens) until `checkpoint_tokens` tokens later, and a checkpoint comes
+    where the live rows' next token would pass the budget. There the fraction α is dropped, or more
+    if the rest could not go on for `checkpoint_tokens` further tokens. Rows that have ended on the
+    way make room too and put the checkpoint off. The budget counts what is held, without the
+    short-lived copy that dropping rows takes.
+
+    Raises BonbonError for a prompt of which not even one row fits the budget.
+    """
+
+    alpha: float = Field(0.5, ge=0, lt=1, description="fraction of live rows that is dropped")
+    checkpoint_tokens: int = Field(
+        32, ge=1, description="tokens between checkpoints; with a budget the least number of them"
+    )
+    max_cache_tokens: int | None = Field(
+        None, ge=1, description="key-value cache entries (rows x columns) that may be held"
+    )
+
+    def answer(
+        self, prompt: EncodedPrompt, source: StepwiseSource, score: Score, reward: Reward
+    ) -> Generation:
+        """See `Stepwise.answer`."""
+        columns, longest = len(prompt.token_ids), source.config.max_new_tokens
+        rows = ScoredRows(source.start(prompt, self._starting(prompt, source.config)), score)
+        drawn = 0
+        while live := rows.unfinished:
+            stretch = min(self._stretch(len(live), columns + drawn), longest - drawn)
+            rows.draw(stretch)
+            drawn += stretch
+            live = rows.unfinished
+            going = self._going(len(live), columns + drawn, longest - drawn)
+            if going < len(live):
+                _drop_least(rows, live, len(live) - going)
+        group = joined([rows.scored(), *rows.left])
+        return Generation(group, best_whole(group), rows.cost())
+
+    def _starting(self, prompt: EncodedPrompt, config: SamplingConfig) -> int:
+        if self.max_cache_tokens is None:
+            return config.n
+        columns = len(prompt.token_ids)
+        whole = columns + config.max_new_tokens
+        if whole > self.max_cache_tokens:
+            raise BonbonError(
+                f"max_cache_tokens {self.max_cache_tokens} has no room for one row of prompt "
+                f"{prompt.prompt_id}, which takes {whole}; raise it, or lower max_new_tokens"
+            )
+        return min(config.n, self._fitting(columns, config.max_new_tokens))
+
+    def _fitting(self, columns: int, left: int) -> int:
+        """How many rows the budget can hold until the next checkpoint, at the least distance."""
+        assert self.max_cache_tokens is not None
+        return self.max_cache_tokens // (columns + min(self.checkpoint_tokens, left))
+
+    def _stretch(self, live: int, columns: int) -> int:
+        """Tokens that `live` rows may draw before they have to be looked at again."""
+        if self.max_cache_tokens is None:
+            return self.checkpoint_tokens
+        return self.max_cache_tokens // live - columns
+
+    def _going(self, live: int, columns: int, left: int) -> int:
+        """How many of `live` rows go on; all of them where there is no checkpoint yet."""
+        if self.max_cache_tokens is None:
+            return survivors(live, self.alpha)
+        if live * (columns + 1) <= self.max_cache_tokens:
+            return live
+        return min(survivors(live, self.alpha), self._fitting(columns, left))

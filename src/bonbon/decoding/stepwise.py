@@ -1,0 +1,179 @@
+"""What the stepwise strategies share: rows with their latest scores, and the walk over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bonbon.decoding.catalogue import strategy_name
+from bonbon.decoding.partial import Score, by_reward
+from bonbon.decoding.strategy import (
+    Cost,
+    Floats,
+    Generation,
+    Source,
+    StepwiseSource,
+    Strategy,
+    timed,
+)
+from bonbon.errors import BonbonError
+from bonbon.groups import Group
+from bonbon.prompts import EncodedPrompt
+
+if TYPE_CHECKING:
+    from bonbon.reward import Reward
+    from bonbon.rows import Rows
+
+REJECTED = "rejected"  # the finish reason of a completion that was given up before its end
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+def take(group: Group, rows: Sequence[int]) -> Group:
+    """The group of these completions, in this order; repeats are allowed."""
+    return replace(
+        group,
+        completions=tuple(group.completions[row] for row in rows),
+        token_ids=tuple(group.token_ids[row] for row in rows),
+        logprobs=tuple(group.logprobs[row] for row in rows),
+        finish_reasons=tuple(group.finish_reasons[row] for row in rows),
+        rewards=None if group.rewards is None else tuple(group.rewards[row] for row in rows),
+        metrics={name: tuple(v[row] for row in rows) for name, v in group.metrics.items()},
+    )
+
+
+def joined(groups: Sequence[Group]) -> Group:
+    """Scored groups of one prompt as one, in this order; metrics are left out."""
+    return replace(
+        groups[0],
+        completions=tuple(text for group in groups for text in group.completions),
+        token_ids=tuple(ids for group in groups for ids in group.token_ids),
+        logprobs=tuple(logprob for group in groups for logprob in group.logprobs),
+        finish_reasons=tuple(reason for group in groups for reason in group.finish_reasons),
+        rewards=tuple(reward for group in groups for reward in group.rewards or ()),
+        metrics={},
+    )
+
+
+def best_first(scores: Floats) -> NDArray[np.intp]:
+    """Row numbers by falling score; of tied rows the earlier one first."""
+    return np.argsort(-scores, kind="stable")
+
+
+# --- rows with scores -----------------------------------------------------------------------------
+
+
+class ScoredRows:
+    """Rows of one prompt and each one's latest score; a row is scored again only once it has grown.
+
+    Rows that `select` leaves behind are kept in `left`, scored, as groups without a cache: whole
+    ones as they are, others with the finish reason `rejected`.
+    """
+
+    def __init__(self, rows: Rows, score: Score) -> None:
+        self.rows = rows
+        self.left: list[Group] = []
+        self.calls = 0  # completions scored
+        self._score = score
+        self._scores = np.full(rows.n, np.nan)  # NaN: not scored since it grew
+        self._group: Group | None = None  # of all rows as they are now, scored
+
+    @property
+    def n(self) -> int:
+        """The number of rows."""
+        return self.rows.n
+
+    @property
+    def unfinished(self) -> list[int]:
+        """The rows that go on."""
+        return [row for row, done in enumerate(self.rows.finished) if not done]
+
+    def draw(self, tokens: int) -> None:
+        """Draw up to `tokens` further tokens in every unfinished row."""
+        self._scores[self.unfinished] = np.nan
+        self._group = None
+        self.rows.draw(tokens)
+
+    def scored(self) -> Group:
+        """The rows as they are now, with their scores as rewards."""
+        if self._group is None:
+            group, finished = self.rows.group(), self.rows.finished
+            grown = np.flatnonzero(np.isnan(self._scores)).tolist()
+            if grown:
+                whole = [finished[row] for row in grown]
+                self._scores[grown] = self._score(take(group, grown), whole)
+                self.calls += len(grown)
+            self._group = group.with_rewards(self._scores)
+        return self._group
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes the old row `rows[i]`, as `Rows.select` does; all rows are scored first."""
+        lost = sorted(set(range(self.rows.n)) - set(rows))
+        if lost:
+            group, finished = take(self.scored(), lost), self.rows.finished
+            reasons = [
+                reason if finished[row] else REJECTED
+                for row, reason in zip(lost, group.finish_reasons, strict=True)
+            ]
+            self.left.append(replace(group, finish_reasons=tuple(reasons)))
+        self._scores, self._group = self._scores[list(rows)], None
+        self.rows.select(rows)
+
+    def cost(self) -> Cost:
+        """What the rows cost so far, without the time."""
+        return Cost(self.rows.generated, self.rows.prefilled, self.calls)
+
+
+def best_whole(group: Group) -> int:
+    """The completion of the largest reward that came to its end; of tied ones the first."""
+    assert group.rewards is not None
+    whole = [reason != REJECTED for reason in group.finish_reasons]
+    return int(np.argmax(np.where(whole, group.rewards, -np.inf)))
+
+
+# --- the walk over prompts ------------------------------------------------------------------------
+
+
+class Stepwise(Strategy):
+    """Base of the strategies that score, drop and branch rows while these are drawn.
+
+    Prompts are answered one after the other, each with all its rows at once, whatever
+    `sampling.max_batch_tokens`.
+    """
+
+    stepwise: ClassVar[bool] = True
+    independent: ClassVar[bool] = False
+
+    def score(self, source: Source, reward: Reward) -> Score:
+        """What completions are scored by while they are drawn."""
+        return by_reward(reward)
+
+    def answer(
+        self, prompt: EncodedPrompt, source: StepwiseSource, score: Score, reward: Reward
+    ) -> Generation:
+        """One prompt's generation, its cost without the time."""
+        raise NotImplementedError
+
+    def generate(
+        self, prompts: Sequence[EncodedPrompt], source: Source, reward: Reward | None
+    ) -> list[Generation]:
+        """See `Strategy.generate`."""
+        name = strategy_name(self)
+        if not isinstance(source, StepwiseSource):
+            raise BonbonError(
+                f"strategy {name} drops rows while they are drawn, which takes a model in this "
+                "process; load the model here, or choose a strategy of whole draws, such as "
+                "best_of_n"
+            )
+        if reward is None:
+            raise ValueError(f"strategy {name} chooses by a reward; pass one")
+        score = self.score(source, reward)
+        found = [timed(self.answer, prompt, source, score, reward) for prompt in prompts]
+        return [
+            replace(generation, cost=generation.cost + Cost(seconds=seconds))
+            for generation, seconds in found
+        ]

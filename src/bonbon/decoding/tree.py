@@ -1,0 +1,114 @@
+"""TreeBoN: a tree of partial completions, pruned and branched layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from bonbon.decoding.partial import (
+    Partial,
+    Score,
+    by_reward,
+    token_log_ratios,
+    weighted_implicit_reward,
+)
+from bonbon.decoding.stepwise import (
+    REJECTED,
+    ScoredRows,
+    Stepwise,
+    best_first,
+    best_whole,
+    joined,
+    take,
+)
+from bonbon.decoding.strategy import Cost, Floats, Generation, Source, StepwiseSource
+from bonbon.groups import Group
+from bonbon.prompts import EncodedPrompt
+
+if TYPE_CHECKING:
+    from bonbon.reward import Reward
+
+
+def children(parents: int, places: int) -> list[int]:
+    """How many children each parent gets, best parent first: as equally as `places` allow."""
+    return [places // parents + (index < places % parents) for index in range(parents)]
+
+
+def next_layer(scores: Floats, finished: Sequence[bool], branch: int) -> list[int]:
+    """The rows of the next layer, in the order of their parents, as many as there are now.
+
+    The ⌈n/branch⌉ best stay, of tied ones the earlier. Finished ones among them are leaves that go
+    on as they are; the others share the remaining places as equally as can be, the better ones
+    first. Without unfinished ones among them only the leaves stay.
+    """
+    kept = best_first(scores)[: math.ceil(len(scores) / branch)].tolist()
+    parents = [row for row in kept if not finished[row]]
+    copies = dict.fromkeys(kept, 1)
+    if parents:
+        shares = children(len(parents), len(scores) - (len(kept) - len(parents)))
+        copies.update(zip(parents, shares, strict=True))
+    return [row for row in sorted(kept) for _ in range(copies[row])]
+
+
+class TreeBoN(Stepwise):
+    """Draw n roots; after each layer keep the best ⌈n/branch⌉ and branch them to n rows again.
+
+    Qiu et al. 2024, arXiv 2410.16033 (there N = n, N_children = `branch`). A layer is
+    ⌈max_new_tokens/layers⌉ tokens long. A branch shares its parent's cache lines up to there, with
+    no second reading, and draws from a random stream of its own. The answer is the whole completion
+    of the largest reward. `branch` 1 or one layer is best-of-n, at its cost.
+
+    A completion that has ended is a leaf: it competes for a place in the next layer, is not
+    branched, and its place is shared out among the others' children (`next_layer`). One that gets
+    no place still stands for the answer, since keeping it costs nothing. A pruned partial
+    completion stays in the group, behind the others, with the finish reason `rejected` and its last
+    partial score.
+    """
+
+    loads: ClassVar[frozenset[str]] = frozenset({"partial"})
+
+    layers: int = Field(4, ge=1, description="segments of equal length")
+    branch: int = Field(4, ge=1, description="children of each row that is kept")
+    partial: Partial = Field(
+        "reward",
+        description="what partial completions are scored by: reward, or {implicit: MODEL} for the "
+        "weighted log-ratio of a tuned model to the base model",
+    )
+
+    def score(self, source: Source, reward: Reward) -> Score:
+        """See `Stepwise.score`."""
+        if self.partial == "reward":
+            return by_reward(reward)
+        log_ratios = token_log_ratios(self.partial.implicit, source)
+        return lambda group, _: np.array([weighted_implicit_reward(r) for r in log_ratios(group)])
+
+    def answer(
+        self, prompt: EncodedPrompt, source: StepwiseSource, score: Score, reward: Reward
+    ) -> Generation:
+        """See `Stepwise.answer`."""
+        n, segment = source.config.n, math.ceil(source.config.max_new_tokens / self.layers)
+        rows = ScoredRows(source.start(prompt, n), score)
+        rows.draw(segment)
+        while rows.unfinished:
+            if self.branch > 1:
+                scores = np.array(rows.scored().rewards)
+                rows.select(next_layer(scores, rows.rows.finished, self.branch))
+            rows.draw(segment)
+        if self.partial == "reward":
+            group = joined([rows.scored(), *rows.left])
+            return Generation(group, best_whole(group), rows.cost())
+        unscored = rows.rows.group().with_rewards([math.nan] * rows.n)
+        group, calls = _finally_scored(joined([unscored, *rows.left]), reward)
+        return Generation(group, best_whole(group), rows.cost() + Cost(reward_calls=calls))
+
+
+def _finally_scored(group: Group, reward: Reward) -> tuple[Group, int]:
+    """The group with the reward of its whole completions, and how many these are."""
+    whole = [row for row, why in enumerate(group.finish_reasons) if why != REJECTED]
+    rewards = np.array(group.rewards)
+    rewards[whole] = by_reward(reward)(take(group, whole), [True] * len(whole))
+    return group.with_rewards(rewards), len(whole)

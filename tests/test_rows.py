@@ -1,0 +1,219 @@
+"""Rows: stopping at any token, dropping and branching rows, stop strings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import LlamaForCausalLM
+
+from bonbon.config import SamplingConfig
+from bonbon.decoding.source import LocalSource
+from bonbon.errors import BonbonError
+from bonbon.models import load_policy
+from bonbon.prompts import EncodedPrompt
+from bonbon.rows import Rows, completion_text, cut_at_stop
+from bonbon.sampling import TransformersSampler
+from conftest import EOS, byte_tokenizer, tiny_llama_config
+
+PROMPT = EncodedPrompt("p0", "x", (1, 5, 4))
+VOCABULARY = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """Of six tokens, one of which is the end, in float64."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = tiny_llama_config(vocab_size=VOCABULARY)
+        return LlamaForCausalLM(config).double().eval()
+
+
+def source_of(model: LlamaForCausalLM, stop: tuple[str, ...] = (), **changes: Any) -> LocalSource:
+    return LocalSource(model, byte_tokenizer(), SamplingConfig(**changes), stop)
+
+
+def exact_logprob(model: LlamaForCausalLM, ids: tuple[int, ...]) -> float:
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*PROMPT.token_ids, *ids]])).logits[0]
+    log_probs = logits[len(PROMPT.token_ids) - 1 : -1].log_softmax(-1)
+    return float(log_probs.gather(-1, torch.tensor(ids)[:, None]).sum())
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_drawing_piece_by_piece_is_drawing_at_once(model: Any, pieces: list[int]) -> None:
+    source = source_of(model, n=6, max_new_tokens=10)
+    (whole,) = source.draw([PROMPT], [range(6)])
+    rows = source.start(PROMPT, 6)
+    drawn = sum(rows.draw(piece) for piece in pieces)
+    assert drawn == sum(rows.lengths()) == rows.generated
+    assert max(rows.lengths()) <= min(sum(pieces), 10)
+    rows.draw(10)
+    assert rows.group() == whole.group
+    assert all(rows.finished)
+    assert rows.cache_tokens() == 0
+
+
+def test_what_is_not_selected_frees_its_cache(model: LlamaForCausalLM) -> None:
+    rows = source_of(model, n=16, max_new_tokens=20).start(PROMPT, 16)
+    rows.draw(2)
+    unfinished = [row for row, done in enumerate(rows.finished) if not done]
+    rows.select(unfinished[:3])
+    keys = rows._cache.layers[0].keys
+    assert keys.shape[0] == 3
+    columns = len(PROMPT.token_ids) + 1  # the last drawn token is not read yet
+    assert rows.cache_tokens() == 3 * columns == keys.shape[0] * keys.shape[2]
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(st.data())
+def test_selected_rows_go_on_as_if_nothing_had_happened(model: Any, data: st.DataObject) -> None:
+    source = source_of(model, n=5, max_new_tokens=8, seed=7)
+    (whole,) = source.draw([PROMPT], [range(5)])
+    rows = source.start(PROMPT, 5)
+    kept = list(range(5))
+    for _ in range(2):
+        rows.draw(data.draw(st.integers(0, 3)))
+        chosen = data.draw(st.permutations(range(len(kept))))[: data.draw(st.integers(1, 3))]
+        chosen = [row for row in chosen if row < len(kept)]
+        rows.select(chosen)
+        kept = [kept[row] for row in chosen]
+    rows.draw(8)
+    found = rows.group()
+    assert found.token_ids == tuple(whole.group.token_ids[row] for row in kept)
+    expected = [exact_logprob(model, ids) for ids in found.token_ids]
+    np.testing.assert_allclose(found.logprobs, expected, atol=1e-10)
+
+
+def test_a_branch_is_a_fresh_draw_behind_what_it_shares(model: LlamaForCausalLM) -> None:
+    """Branches of one row after a token are independent draws of the model given that token."""
+    for seed in range(20):  # until the first token is not the end
+        rows = source_of(model, n=1, max_new_tokens=2, seed=seed).start(PROMPT, 1)
+        rows.draw(1)
+        (first,) = rows.group().token_ids[0]
+        if first != EOS:
+            break
+    rows.select([0] * 4000)
+    assert rows.prefilled == len(PROMPT.token_ids)
+    rows.draw(1)
+    found = rows.group()
+    assert {ids[0] for ids in found.token_ids} == {first}
+    counts = Counter(ids[1] for ids in found.token_ids)
+    weights = np.exp([exact_logprob(model, (first, token)) for token in range(VOCABULARY)])
+    observed = [counts[token] for token in range(VOCABULARY)]
+    assert chisquare(observed, 4000 * weights / weights.sum()).pvalue > 1e-3
+    np.testing.assert_allclose(
+        found.logprobs[:50], [exact_logprob(model, ids) for ids in found.token_ids[:50]], atol=1e-10
+    )
+
+
+def test_a_finished_row_can_be_selected_and_branched(model: LlamaForCausalLM) -> None:
+    rows = source_of(model, n=12, max_new_tokens=6).start(PROMPT, 12)
+    rows.draw(3)
+    done = rows.finished.index(True)
+    going = rows.finished.index(False)
+    before = rows.group()
+    rows.select([done, going, done])
+    assert rows.finished == [True, False, True]
+    rows.draw(6)
+    after = rows.group()
+    assert after.token_ids[0] == after.token_ids[2] == before.token_ids[done]
+    assert after.token_ids[1][:3] == before.token_ids[going]
+    assert after.finish_reasons[0] == "stop"
+
+
+def test_several_prompts_with_rows_of_their_own_number(model: LlamaForCausalLM) -> None:
+    prompts = [PROMPT, EncodedPrompt("p1", "x", (1, 4)), EncodedPrompt("p2", "x", (1, 3, 3, 5))]
+    sampler = TransformersSampler(model, byte_tokenizer(), SamplingConfig(max_new_tokens=6))
+    together = sampler.draw(prompts, [range(2), range(5), range(1, 2)])
+    alone = [
+        sampler.draw([prompt], [ks])[0]
+        for prompt, ks in zip(prompts, [range(2), range(5), range(1, 2)], strict=True)
+    ]
+    for found, single in zip(together, alone, strict=True):
+        assert found.group.token_ids == single.group.token_ids
+        assert found.cost.generated == sum(found.group.lengths())
+        assert found.cost.prefilled == single.cost.prefilled == len(found.group.prompt_token_ids)
+
+
+def test_a_recurrent_model_cannot_select() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=8, state_size=4, num_hidden_layers=1, eos_token_id=EOS
+    )
+    sampler = TransformersSampler(
+        MambaForCausalLM(config).eval(), byte_tokenizer(), SamplingConfig(max_new_tokens=4)
+    )
+    rows = Rows(sampler.decoder(), [PROMPT], [range(2)])
+    rows.draw(1)
+    with pytest.raises(BonbonError, match="best_of_n"):
+        rows.select([0])
+
+
+# --- stop strings ---------------------------------------------------------------------------------
+
+
+@given(st.text("ab.", max_size=12), st.lists(st.text("ab.", min_size=1, max_size=3), max_size=3))
+def test_the_first_stop_string_cuts(text: str, stop: list[str]) -> None:
+    cut = cut_at_stop(text, stop)
+    if cut is None:
+        assert not any(string in text for string in stop)
+    else:
+        assert text.startswith(cut)
+        assert not any(string in cut for string in stop)
+        assert any(text[len(cut) :].startswith(string) for string in stop)
+
+
+@pytest.mark.parametrize("stop", [(".",), (" the", "Lily"), ("\n", "He ")])
+def test_rows_end_at_a_stop_string(shared: Any, stop: tuple[str, ...]) -> None:
+    model, tokenizer = load_policy(str(shared / "models" / "stories260K"), device="cpu")
+    config = SamplingConfig(n=8, max_new_tokens=60)
+    whole_source = LocalSource(model, tokenizer, config)
+    source = LocalSource(model, tokenizer, config, stop)
+    prompts = source.encode([_row("a", "Once upon a time"), _row("b", "The cat was")])
+    whole = [found.group for found in whole_source.draw(prompts, [range(8)] * 2)]
+    stopped = [found.group for found in source.draw(prompts, [range(8)] * 2)]
+    some = 0
+    for long, short in zip(whole, stopped, strict=True):
+        for k in range(8):
+            expected = cut_at_stop(long.completions[k], stop)
+            some += expected is not None
+            assert short.completions[k] == (long.completions[k] if expected is None else expected)
+            # Not one token is drawn beyond the one that completes the stop string.
+            ids = short.token_ids[k]
+            assert long.token_ids[k][: len(ids)] == ids
+            if expected is not None:
+                assert short.finish_reasons[k] == "stop"
+                before = completion_text(tokenizer, short.prompt_token_ids, ids[:-1])
+                assert cut_at_stop(before, stop) is None
+    assert some > 4
+
+
+def _row(prompt_id: str, text: str) -> Any:
+    from bonbon.prompts import PromptRow
+
+    return PromptRow(prompt_id, text)
+
+
+# --- embeddings -----------------------------------------------------------------------------------
+
+
+def test_an_embedding_is_the_mean_of_the_completion_s_hidden_states(
+    model: LlamaForCausalLM,
+) -> None:
+    source = source_of(model, n=5, max_new_tokens=7)
+    (found,) = source.draw([PROMPT], [range(5)])
+    embedded = source.embed(found.group)
+    for k, ids in enumerate(found.group.token_ids):
+        with torch.inference_mode():
+            out = model(torch.tensor([[*PROMPT.token_ids, *ids]]), output_hidden_states=True)
+        hidden = out.hidden_states[-1][0, len(PROMPT.token_ids) :]
+        np.testing.assert_allclose(embedded[k], hidden.mean(dim=0).numpy(), atol=1e-6)
