@@ -1,0 +1,106 @@
+"""What the backends share: errors, a job's random streams, its reward and its answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bonbon.decoding.catalogue import strategy_name
+from bonbon.decoding.strategy import Generation
+from bonbon.errors import BonbonError
+from bonbon.groups import Prompt
+from bonbon.serve.backend import Answer, BackendError, Choice, Job, TokenLogprob
+
+if TYPE_CHECKING:
+    from bonbon.reward import Reward
+
+
+def bad_request(message: str, code: str | None = None, param: str | None = None) -> BackendError:
+    """The error of a request that would fail again."""
+    return BackendError(message, 400, "invalid_request_error", code, param)
+
+
+def out_of_time(message: str = "there was no answer within the request's time") -> BackendError:
+    """The error of a job whose deadline has passed."""
+    return BackendError(message, 504, "timeout_error", "timeout")
+
+
+def check_reward(job: Job, reward: Reward | None) -> None:
+    """Raise BackendError when the job's strategy needs a reward and there is none."""
+    if job.strategy.needs_reward and reward is None:
+        raise bad_request(
+            f"the strategy {strategy_name(job.strategy)} needs a reward and this server has none; "
+            "start it with one, or choose a strategy that needs none, such as self_consistency"
+        )
+
+
+def stream_id(job: Job, server_secret: str) -> str:
+    """The prompt id that keys a job's random streams; their seed is the same for all jobs.
+
+    The same seed and prompt have the same id. A job without a seed has one of its own, which
+    nobody knows who does not know this server's secret.
+    """
+    name = [job.sampling.seed, job.prompt] if job.seeded else [server_secret, job.request_id]
+    text = json.dumps(name, sort_keys=True).encode()
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class GuardedReward:
+    """A reward as jobs call it: one call at a time, since users' functions need not be thread-safe.
+
+    Raises BackendError (500) where the reward fails or is not finite, so that every BonbonError of
+    a strategy is about the request; and when `stopped` says that nobody waits for it any more.
+    """
+
+    reward: Reward
+    lock: threading.Lock
+    stopped: Callable[[], bool]
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
+        """See `bonbon.reward.Reward`."""
+        with self.lock:
+            if self.stopped():
+                raise out_of_time()
+            try:
+                rewards = np.asarray(self.reward(prompts, completions), dtype=np.float64)
+            except BonbonError as error:
+                raise BackendError(str(error)) from error
+            except Exception as error:  # a user's code: anything may come out of it
+                raise BackendError(f"the reward failed: {type(error).__name__}: {error}") from error
+        if rewards.shape != (len(completions),):
+            raise BackendError(
+                f"the reward returned shape {rewards.shape} for {len(completions)} completions; it "
+                "must return one number each"
+            )
+        if not np.isfinite(rewards).all():
+            raise BackendError("the reward returned a NaN or an infinity; it must be finite")
+        return rewards
+
+
+def answer_of(
+    job: Job,
+    generation: Generation,
+    prompt_tokens: int,
+    logprobs: Callable[[int], tuple[TokenLogprob, ...]] | None,
+    failed: int = 0,
+) -> Answer:
+    """The best `job.choices` of a generation; `logprobs` gives those of a candidate's tokens."""
+    group = generation.group
+    choices = tuple(
+        Choice(
+            index=index,
+            text=group.completions[index],
+            finish_reason=group.finish_reasons[index],
+            reward=None if group.rewards is None else group.rewards[index],
+            logprobs=None if logprobs is None else logprobs(index),
+        )
+        for index in generation.ranking()[: job.choices]
+    )
+    return Answer(choices, prompt_tokens, generation.cost, generation, failed)

@@ -1,0 +1,93 @@
+"""What `bonbon serve` puts together: a backend, a reward, and the server in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from bonbon.config import ModelConfig, RewardConfig, RunConfig, parse_settings
+from bonbon.decoding.settings import check_reward
+from bonbon.serve.backend import Backend
+from bonbon.serve.config import ServeConfig
+from bonbon.serve.upstream_client import UpstreamConfig
+
+# What an upstream does about a completion and we have no part in.
+PASSED_ON = frozenset(
+    {
+        "chat_template_kwargs", "frequency_penalty", "logit_bias", "min_p", "presence_penalty",
+        "reasoning_effort", "repetition_penalty", "response_format", "structured_outputs",
+        "verbosity",
+    }
+)  # fmt: skip
+
+
+class ServeSettings(ServeConfig):
+    """Everything that defines a server: the listening side, and what stands behind it."""
+
+    model: ModelConfig | None = Field(None, description="a model to load into this process")
+    upstream: UpstreamConfig | None = Field(None, description="or a server to draw from")
+    reward: RewardConfig | None = Field(None, description="None: for strategies that only vote")
+    served_model_name: str | None = Field(
+        None, min_length=1, description="what requests call a loaded model; None: its folder's name"
+    )
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> Self:
+        if (self.model is None) == (self.upstream is None):
+            raise ValueError(
+                "a server stands in front of exactly one of a `model` and an `upstream`; name it "
+                "with --model or --upstream"
+            )
+        return self
+
+
+def parse_serve_settings(
+    values: Any, overrides: Sequence[str] = (), source: str = "the command line"
+) -> ServeSettings:
+    """Checked settings; what belongs to the rest of a run (`train` and so on) is passed over.
+
+    Raises BonbonError naming the wrong key or value and what was expected.
+    """
+    if isinstance(values, dict):
+        others = RunConfig.model_fields.keys() - ServeSettings.model_fields.keys()
+        values = {key: value for key, value in values.items() if key not in others}
+    settings = parse_settings(ServeSettings, values, overrides, source)
+    check_reward(settings.strategy, settings.reward)
+    return settings
+
+
+def serve(settings: ServeSettings) -> None:
+    """Load what stands behind the server, and run it until a signal stops it.
+
+    Raises BonbonError when something cannot be loaded, or as `run.serve` does.
+    """
+    from bonbon.serve import run
+    from bonbon.serve.config import api_key
+    from bonbon.stages import build_reward
+
+    api_key(settings)  # or a wrong one would be noticed once everything is loaded
+    reward = None if settings.reward is None else build_reward(settings.reward)
+    if settings.upstream is not None:
+        from bonbon.serve.upstream import UpstreamBackend
+
+        upstream = UpstreamBackend(settings.upstream, reward)
+        run.serve(settings, lambda: upstream, PASSED_ON)
+        return
+    local = _local_backend(settings, reward)
+    run.serve(settings, lambda: local)
+
+
+def _local_backend(settings: ServeSettings, reward: Any) -> Backend:
+    from bonbon.serve.local import LocalBackend
+    from bonbon.stages import load_model
+
+    assert settings.model is not None
+    model, tokenizer = load_model(settings.model)
+    found = Path(settings.model.name).expanduser()
+    name = settings.served_model_name or (
+        found.resolve().name if found.exists() else settings.model.name
+    )
+    return LocalBackend(model, tokenizer, reward, name, settings.sampling.max_batch_tokens)

@@ -1,0 +1,131 @@
+"""OpenAI's error objects, and JSON as the server writes it.
+
+Every error is a `BackendError` before it is written, whether the backend, the request or the
+framework made it. `kind` is OpenAI's `type`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bonbon.serve.answers import bad_request
+from bonbon.serve.backend import BackendError
+
+CLIENT_GONE = 499  # nobody reads it; for the log and the metrics
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON in UTF-8; half a surrogate pair, which UTF-8 does not have, becomes a question mark."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode(errors="replace")
+
+
+def json_response(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A response of JSON."""
+    return Response(json_bytes(value), status, headers, media_type="application/json")
+
+
+def error_object(error: BackendError) -> dict[str, Any]:
+    """What a client reads of an error."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_response(error: BackendError, headers: Mapping[str, str] | None = None) -> Response:
+    """An error with its status, and Retry-After where it says when to try again."""
+    after = {}
+    if error.retry_after is not None:
+        after["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    return json_response(error_object(error), error.status, {**(headers or {}), **after})
+
+
+def internal_error() -> BackendError:
+    """What clients learn of an exception that nobody expected."""
+    return BackendError("the server made a mistake; its log has more", 500, "server_error")
+
+
+def stopping() -> BackendError:
+    """The error of a request that the server stops before or under."""
+    return BackendError("the server is stopping", 503, "server_error", "stopping")
+
+
+def client_gone() -> BackendError:
+    """The end of a request that nobody waits for any more."""
+    return BackendError("the client went away", CLIENT_GONE, "client_gone", "client_gone")
+
+
+def unauthorised() -> BackendError:
+    """The error of a wrong or missing key."""
+    return BackendError(
+        "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+        401,
+        "invalid_request_error",
+        "invalid_api_key",
+    )
+
+
+def routing_error(request: Request, error: HTTPException) -> BackendError:
+    """The error of an address or a method that there is not, in our shape."""
+    where = f"{request.method} {request.scope.get('raw_path', b'').decode('ascii', 'replace')}"
+    if error.status_code == 404:
+        return BackendError(
+            f"unknown address: {where}", 404, "invalid_request_error", "unknown_url"
+        )
+    code = "method_not_allowed" if error.status_code == 405 else None
+    message = f"{error.detail}: {where}"
+    return BackendError(message, error.status_code, "invalid_request_error", code)
+
+
+def invalid_fields(error: ValidationError, values: Any) -> BackendError:
+    """The error of a request whose fields are wrong, naming the most deeply nested wrong one.
+
+    A union reports each of its members; the one that fits best fails deepest. What was sent is not
+    repeated.
+    """
+    problems = [(_path(problem, values), problem) for problem in error.errors()]
+    deepest = max(problems, key=lambda found: len(found[0]))[0]
+    said = [_message(problem) for path, problem in problems if path == deepest]
+    where = _dotted(deepest)
+    unknown = any(p["type"] == "extra_forbidden" for path, p in problems if path == deepest)
+    if unknown:
+        return bad_request(f"unknown field {where!r}", "unknown_parameter", where)
+    text = " or ".join(dict.fromkeys(said))
+    return bad_request(f"{where}: {text}" if where else text, "invalid_value", where or None)
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    return str(problem["msg"]).removeprefix("Value error, ")
+
+
+def _path(problem: Mapping[str, Any], values: Any) -> tuple[int | str, ...]:
+    """The place of an error in what was sent; the names of a union's members are no part of it."""
+    path: list[int | str] = []
+    for part in problem["loc"]:
+        inside = part in values if isinstance(values, dict) else isinstance(values, list)
+        if inside and isinstance(part, str if isinstance(values, dict) else int):
+            values = values[part]
+            path.append(part)
+        elif problem["type"] == "missing" and part == problem["loc"][-1]:
+            path.append(part)
+    return tuple(path)
+
+
+def _dotted(path: Sequence[int | str]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")

@@ -1,0 +1,78 @@
+"""What is around every route: the access log, the figures, a last net for exceptions, the key."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bonbon.serve.errors import CLIENT_GONE, error_response, internal_error, unauthorised
+
+_log = logging.getLogger(__name__)
+
+_OPEN = ("/health",)
+_OTHER = "other"  # no route: clients must not be able to make up labels
+
+
+def observed(app: ASGIApp, count: Callable[[str, int, float], Any]) -> ASGIApp:
+    """Names, counts and logs each request, and answers for exceptions that nobody caught.
+
+    The log has no query, which may hold a key, and no body.
+    """
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), CLIENT_GONE
+        request_id = uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await app(scope, receive, note)
+        except Exception:
+            _log.exception("request %s failed", request_id)
+            if status == CLIENT_GONE:  # nothing was sent yet
+                await error_response(internal_error())(scope, receive, note)
+        finally:
+            seconds = time.perf_counter() - began
+            count(_route(scope), status, seconds)
+            path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
+            _log.info("%s %s %d %.3fs %s", scope["method"], path, status, seconds, request_id)
+
+    return wrapped
+
+
+def _route(scope: Scope) -> str:
+    return getattr(scope.get("route"), "path", _OTHER)
+
+
+def authorised(app: ASGIApp, key: str) -> ASGIApp:
+    """Lets nobody in without the key, but to `/health`."""
+    expected = key.encode()
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.encode("latin-1"), expected)
+        if scope["path"] in _OPEN or (right and scheme.lower() == "bearer"):
+            await app(scope, receive, send)
+        else:
+            await error_response(unauthorised())(scope, receive, send)
+
+    async def http_only(scope: Scope, receive: Receive, send: Send) -> None:
+        await (wrapped if scope["type"] == "http" else app)(scope, receive, send)
+
+    return http_only

@@ -1,0 +1,152 @@
+"""From a request to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive
+
+from bonbon.serve.admission import Admission, Ticket
+from bonbon.serve.answers import out_of_time
+from bonbon.serve.backend import Answer, Backend, BackendError, Job
+from bonbon.serve.config import ServeConfig
+from bonbon.serve.connection import read_json, while_wanted
+from bonbon.serve.errors import json_response
+from bonbon.serve.jobs import jobs_of
+from bonbon.serve.metrics import Metrics
+from bonbon.serve.replies import chat_completion, completion
+from bonbon.serve.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
+from bonbon.serve.streaming import EventStream
+
+_HEALTH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes share. `passthrough` are the fields that go to the backend as they are."""
+
+    config: ServeConfig
+    backend: Backend
+    passthrough: frozenset[str]
+    admission: Admission
+    metrics: Metrics
+    created: int
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def stop(self) -> None:
+        """Turn away what waits and whatever comes, with 503."""
+        self.admission.stop()
+
+    def abort(self) -> None:
+        """End what still runs, with 503."""
+        self.stop()
+        self.aborted.set()
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a route's requests are read and its answers written."""
+
+    kind: type[GenerationRequest]
+    prefix: str
+    write: Callable[[str, Job, Sequence[Answer], bool], dict[str, Any]]
+
+
+CHAT = Dialect(ChatRequest, "chatcmpl-", chat_completion)
+COMPLETIONS = Dialect(CompletionRequest, "cmpl-", completion)
+
+
+async def respond(service: Service, request: Request, dialect: Dialect) -> Response:
+    """The response to a request for choices. Raises BackendError."""
+    deadline = time.monotonic() + service.config.deadline
+    values = await read_json(request, service.config.max_body_bytes, service.config.deadline)
+    asked, extra = parse_request(dialect.kind, values, service.passthrough)
+    request_id = dialect.prefix + request.state.request_id
+    async with in_time(deadline):
+        model = await known_model(service, asked.model)
+    jobs = jobs_of(
+        asked, service.config, request_id=request_id, model=model, deadline=deadline, extra=extra
+    )
+
+    async def whole(receive: Receive) -> dict[str, Any]:
+        work = answer_all(service, jobs)
+        answers = await while_wanted(work, receive, service.aborted)
+        return dialect.write(request_id, jobs[0], answers, asked.return_candidates)
+
+    if asked.stream:
+        return EventStream(whole, asked.include_usage, service.config.keepalive)
+    return json_response(await whole(request.receive))
+
+
+async def known_model(service: Service, name: str | None) -> str:
+    """The model that a request names, or the default. Raises BackendError where there is none."""
+    models = await service.backend.models()
+    if not models:
+        raise BackendError("there is no model yet; try again later", 503)
+    if name is None:
+        return models[0]
+    if name not in models:
+        raise BackendError(
+            f"there is no model {name!r:.100}; there are {', '.join(models[:20])}",
+            404,
+            "invalid_request_error",
+            "model_not_found",
+            "model",
+        )
+    return name
+
+
+async def answer_all(service: Service, jobs: Sequence[Job]) -> list[Answer]:
+    """The answers to all of a request's jobs, or BackendError where one fails or time runs out."""
+    with service.admission.tickets(len(jobs)) as tickets:
+        try:
+            async with in_time(jobs[0].deadline), asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(_answer(service, job, ticket))
+                    for job, ticket in zip(jobs, tickets, strict=True)
+                ]
+        except ExceptionGroup as errors:  # the others were cancelled
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+
+async def _answer(service: Service, job: Job, ticket: Ticket) -> Answer:
+    await service.admission.turn(ticket)
+    try:
+        answer = await service.backend.answer(job)
+    finally:
+        service.admission.leave(ticket)
+    service.metrics.count_answer(answer)
+    return answer
+
+
+@asynccontextmanager
+async def in_time(deadline: float) -> AsyncIterator[None]:
+    """Raise BackendError (504) in what takes longer than until `deadline` (monotonic)."""
+    limit = asyncio.timeout(deadline - time.monotonic())
+    try:
+        async with limit:
+            yield
+    except TimeoutError:
+        if limit.expired():
+            raise out_of_time() from None
+        raise
+
+
+async def health_of(service: Service) -> Literal["ok", "unavailable", "stopping"]:
+    """`ok`, `unavailable` or `stopping`."""
+    if service.admission.stopping:
+        return "stopping"
+    try:
+        async with asyncio.timeout(_HEALTH_SECONDS):
+            healthy = await service.backend.healthy()
+    except (TimeoutError, BackendError):
+        healthy = False
+    return "ok" if healthy else "unavailable"

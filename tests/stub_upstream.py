@@ -1,0 +1,247 @@
+"""An OpenAI-compatible server over a real socket that fails as servers do, and counts its tokens.
+
+    async with StubUpstream(fault=some_faults(0.2)) as stub:
+        ...  # stub.url
+
+Every completion it gives has a text of its own, so that what it handed out can be looked up by the
+text. With a seed the same request has the same completion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Self
+
+Fault = Callable[[str, int], str]
+FAULTS = (
+    "500",
+    "503",
+    "429",
+    "reset before headers",
+    "reset after headers",
+    "truncated",
+    "slow",
+    "error body",
+    "no choices",
+)
+
+
+def no_fault(_request: str, _attempt: int) -> str:
+    return ""
+
+
+def some_faults(share: float, kinds: tuple[str, ...] = FAULTS) -> Fault:
+    """A fault for `share` of the requests, the same ones for the same requests in every run."""
+
+    def fault(request: str, attempt: int) -> str:
+        digest = hashlib.blake2b(f"{request}\0{attempt}".encode(), digest_size=8).digest()
+        number = int.from_bytes(digest, "big")
+        is_faulty = number % 1000 < share * 1000
+        return kinds[number // 1000 % len(kinds)] if is_faulty else ""
+
+    return fault
+
+
+class StubUpstream:
+    """The server; attributes say how it answers, and what happened.
+
+    `fault(request, attempt)` names what goes wrong with the attempt-th sending of a request body,
+    or "". `delay` is how many seconds a good answer takes. `reply` changes a good answer.
+    """
+
+    def __init__(
+        self,
+        fault: Fault = no_fault,
+        delay: float = 0.0,
+        key: str | None = None,
+        owned_by: str = "someone",
+        models: tuple[str, ...] = ("stub",),
+        reply: Callable[[dict[str, Any]], Any] = lambda found: found,
+        retry_after: str = "0",
+    ) -> None:
+        self.fault, self.delay, self.key, self.reply = fault, delay, key, reply
+        self.owned_by, self.models, self.retry_after = owned_by, models, retry_after
+        self.tokens: dict[str, int] = {}  # of each completion that was sent whole
+        self.bodies: list[dict[str, Any]] = []
+        self.paths: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.faults: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
+        self.models_asked = 0
+        self.abandoned = 0  # requests whose client went away
+        self.busy = self.most_busy = 0
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        self._connections: set[asyncio.Task[None]] = set()
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=512)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        self._server.close()
+        for connection in list(self._connections):
+            connection.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    # --- HTTP -------------------------------------------------------------------------------------
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            while await self._one_request(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _one_request(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        method, path, _ = head[0].split(" ")
+        headers = dict(line.split(": ", 1) for line in head[1:] if line)
+        headers = {name.lower(): value for name, value in headers.items()}
+        raw = await reader.readexactly(int(headers.get("content-length", "0")))
+        self.headers.append(headers)
+        if self.key is not None and headers.get("authorization") != f"Bearer {self.key}":
+            said = f"Incorrect key: {headers.get('authorization')}"
+            return await self._send(writer, 401, {"error": {"message": said}})
+        if method == "GET" and path == "/v1/models":
+            self.models_asked += 1
+            listed = [{"id": name, "owned_by": self.owned_by} for name in self.models]
+            return await self._send(writer, 200, {"object": "list", "data": listed})
+        if path not in ("/v1/completions", "/v1/chat/completions"):
+            return await self._send(writer, 404, {"detail": "Not Found"})
+        self.busy += 1
+        self.most_busy = max(self.most_busy, self.busy)
+        try:
+            return await self._complete(reader, writer, path, raw.decode())
+        finally:
+            self.busy -= 1
+
+    async def _complete(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, raw: str
+    ) -> bool:
+        body = json.loads(raw)
+        attempt = self.asked[raw]
+        self.asked[raw] += 1
+        self.bodies.append(body)
+        self.paths.append(path)
+        name = self.fault(raw, attempt)
+        self.faults[name] += 1
+        text, found = self._completion(body, "chat" in path)
+        found = self.reply(found)
+        if name:
+            return await self._fail(reader, writer, name, found)
+        if not await self._wait(reader, self.delay):
+            return False
+        await self._send(writer, 200, found)
+        self.tokens[text] = found.get("usage", {}).get("completion_tokens", 0)
+        return True
+
+    async def _wait(self, reader: asyncio.StreamReader, seconds: float) -> bool:
+        """Whether the client is still there after so many seconds."""
+        try:
+            await asyncio.wait_for(reader.read(1), seconds)
+        except TimeoutError:
+            return True
+        except ConnectionError:
+            pass
+        self.abandoned += 1
+        return False
+
+    async def _send(
+        self, writer: asyncio.StreamWriter, status: int, found: Any, cut: int = 0, **more: str
+    ) -> bool:
+        content = found if isinstance(found, bytes) else json.dumps(found).encode()
+        names = {"Content-Length": str(len(content)), **more}
+        head = "".join(f"{name}: {value}\r\n" for name, value in names.items())
+        writer.write(f"HTTP/1.1 {status} Status\r\n{head}\r\n".encode())
+        writer.write(content[: len(content) - cut])
+        await writer.drain()
+        return True
+
+    async def _fail(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, name: str, found: Any
+    ) -> bool:
+        content = json.dumps(found).encode()
+        if name.isdigit():
+            error = {"message": f"no, status {name}", "type": "x", "param": "p", "code": "c"}
+            more = {"Retry-After": self.retry_after} if name == "429" else {}
+            return await self._send(writer, int(name), {"error": error}, **more)
+        if name == "slow":
+            return await self._wait(reader, 60.0)
+        if name == "truncated":
+            return await self._send(writer, 200, content[:-9])
+        if name == "error body":
+            return await self._send(writer, 200, {"error": {"message": "out of memory"}})
+        if name == "no choices":
+            return await self._send(writer, 200, {**found, "choices": []})
+        if name == "reset after headers":
+            await self._send(writer, 200, content, cut=len(content) // 2)
+        linger = struct.pack("ii", 1, 0)  # so that closing resets the connection
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        return False
+
+    # --- completions ------------------------------------------------------------------------------
+
+    def _completion(self, body: dict[str, Any], chat: bool) -> tuple[str, dict[str, Any]]:
+        """A text of its own and the reply that it is in; seeded requests have it by their seed."""
+        name = str(body["seed"]) if "seed" in body else f"arrival {len(self.bodies)}"
+        prompt = json.dumps(body.get("messages") or body.get("prompt"))
+        digest = hashlib.blake2b(f"{prompt}\0{name}".encode(), digest_size=16).hexdigest()
+        count = 2 + int(digest[:4], 16) % 7
+        words = [f" {digest[:12]}", *(f" w{i}" for i in range(1, count))]
+        text = "".join(words)
+        logprobs = [-0.25 * (i + 1) for i in range(count)]
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "logprobs": None}
+        if chat:
+            choice["message"] = {"role": "assistant", "content": text}
+            if body.get("logprobs"):
+                choice["logprobs"] = _chat_logprobs(words, logprobs, body["top_logprobs"])
+        else:
+            choice["text"] = text
+            if body.get("logprobs") is not None:
+                choice["logprobs"] = _legacy_logprobs(words, logprobs, body["logprobs"])
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": count}
+        return text, {"object": "completion", "choices": [choice], "usage": usage}
+
+
+def _chat_logprobs(words: list[str], logprobs: list[float], top: int) -> dict[str, Any]:
+    def others(i: int) -> list[dict[str, Any]]:
+        found = [{"token": words[i], "logprob": logprobs[i]}]
+        return (found + [{"token": f" x{j}", "logprob": -5.0 - j} for j in range(top)])[:top]
+
+    return {
+        "content": [
+            {"token": word, "logprob": logprob, "bytes": None, "top_logprobs": others(i)}
+            for i, (word, logprob) in enumerate(zip(words, logprobs, strict=True))
+        ]
+    }
+
+
+def _legacy_logprobs(words: list[str], logprobs: list[float], top: int) -> dict[str, Any]:
+    found = _chat_logprobs(words, logprobs, top)["content"]
+    tops = [{t["token"]: t["logprob"] for t in item["top_logprobs"]} for item in found]
+    return {"tokens": words, "token_logprobs": logprobs, "top_logprobs": tops}
