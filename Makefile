@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO_OUT := bonbon-demo
 
-.PHONY: setup test lint demo demo-short clean
+.PHONY: setup test test-vllm lint demo demo-short clean
 
 setup: $(INSTALLED)
 
@@ -17,6 +17,14 @@ $(INSTALLED): pyproject.toml
 
 test: setup
 	$(PYTHON) -m pytest
+
+# In front of a true vLLM server, which has an environment of its own (a long download, once).
+test-vllm: setup .venv-vllm/.installed
+	$(PYTHON) -m pytest -rs tests/test_vllm.py
+
+.venv-vllm/.installed: scripts/setup_vllm.sh
+	scripts/setup_vllm.sh .venv-vllm
+	touch $@
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -31,4 +39,4 @@ demo-short: setup
 	$(VENV)/bin/bonbon demo --short --out $(DEMO_OUT)-short
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) $(DEMO_OUT)-short build dist
+	rm -rf $(VENV) .venv-vllm $(DEMO_OUT) $(DEMO_OUT)-short build dist

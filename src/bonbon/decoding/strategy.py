@@ -204,8 +204,7 @@ def score(candidates: Sequence[Candidates], reward: Reward) -> list[Candidates]:
     return [
         Candidates(
             found.group.with_rewards(values),
-            found.cost
-            + Cost(reward_calls=found.group.n, seconds=seconds * found.group.n / total),
+            found.cost + Cost(reward_calls=found.group.n, seconds=seconds * found.group.n / total),
         )
         for found, values in zip(candidates, rewards, strict=True)
     ]

@@ -25,7 +25,7 @@ from bonbon.serve.backend import Backend, BackendError
 from bonbon.serve.config import ServeConfig, api_key
 from bonbon.serve.errors import error_response, json_response, routing_error
 from bonbon.serve.metrics import create_metrics
-from bonbon.serve.middleware import authorised, observed
+from bonbon.serve.middleware import authorised, named_locally, observed
 from bonbon.serve.openapi import GENERATION, document, errors
 from bonbon.serve.schemas import ChatCompletion, Completion, Health, ModelList, ModelObject
 from bonbon.serve.service import (
@@ -72,6 +72,8 @@ def create_app(service: Service) -> FastAPI:
     key = api_key(service.config)
     if key:
         app.add_middleware(authorised, key=key)
+    else:
+        app.add_middleware(named_locally)
     app.add_middleware(observed, count=service.metrics.count_request)
     app.openapi = lambda: document(app, service, bool(key))  # type: ignore[method-assign]
     return app

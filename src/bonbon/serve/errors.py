@@ -80,6 +80,17 @@ def unauthorised() -> BackendError:
     )
 
 
+def wrong_host() -> BackendError:
+    """The error of a request that names another machine as its host."""
+    return BackendError(
+        "without a key this server answers to localhost, 127.0.0.1 and [::1] alone; ask for one of "
+        "them, or start it with a key",
+        403,
+        "invalid_request_error",
+        "wrong_host",
+    )
+
+
 def routing_error(request: Request, error: HTTPException) -> BackendError:
     """The error of an address or a method that there is not, in our shape."""
     where = f"{request.method} {request.scope.get('raw_path', b'').decode('ascii', 'replace')}"

@@ -1,4 +1,4 @@
-"""What is around every route: the access log, the figures, a last net for exceptions, the key."""
+"""What is around every route: the access log, the figures, a last net for exceptions, who gets in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bonbon.serve.errors import CLIENT_GONE, error_response, internal_error, unauthorised
+from bonbon.serve.config import is_loopback
+from bonbon.serve.errors import (
+    CLIENT_GONE,
+    error_response,
+    internal_error,
+    unauthorised,
+    wrong_host,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +65,29 @@ def observed(app: ASGIApp, count: Callable[[str, int, float], Any]) -> ASGIApp:
 
 def _route(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", _OTHER)
+
+
+def named_locally(app: ASGIApp) -> ASGIApp:
+    """Lets in only what asks for this machine by its own name.
+
+    A page in this machine's browser may call any name of its own and have that name lead here (DNS
+    rebinding); without a key the name is what gives it away.
+    """
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_loopback(_host(scope)):
+            await app(scope, receive, send)
+        else:
+            await error_response(wrong_host())(scope, receive, send)
+
+    return wrapped
+
+
+def _host(scope: Scope) -> str:
+    """The Host header without its port and brackets."""
+    name = Headers(scope=scope).get("host", "")
+    host, _, port = name.rpartition(":")
+    return (host if host and port.isdecimal() else name).strip("[]").lower()
 
 
 def authorised(app: ASGIApp, key: str) -> ASGIApp:

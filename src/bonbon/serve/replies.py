@@ -36,7 +36,7 @@ _UNLIKELY = -9999.0  # what OpenAI writes for −∞, which JSON has not
 def usage_of(answers: Sequence[Answer]) -> Usage:
     """The usage of a request, its prompts together."""
     prompt = sum(answer.prompt_tokens for answer in answers)
-    drawn = sum(answer.choices and 7 for answer in answers)
+    drawn = sum(answer.cost.generated for answer in answers)
     return Usage(prompt_tokens=prompt, completion_tokens=drawn, total_tokens=prompt + drawn)
 
 

@@ -130,14 +130,11 @@ async def _answer(service: Service, job: Job, ticket: Ticket) -> Answer:
 @asynccontextmanager
 async def in_time(deadline: float) -> AsyncIterator[None]:
     """Raise BackendError (504) in what takes longer than until `deadline` (monotonic)."""
-    limit = asyncio.timeout(deadline - time.monotonic())
     try:
-        async with limit:
+        async with asyncio.timeout(deadline - time.monotonic()):
             yield
-    except TimeoutError:
-        if limit.expired():
-            raise out_of_time() from None
-        raise
+    except TimeoutError as error:
+        raise out_of_time() from error
 
 
 async def health_of(service: Service) -> Literal["ok", "unavailable", "stopping"]:
