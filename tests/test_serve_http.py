@@ -606,7 +606,7 @@ def test_what_loads_code_is_the_server_s_to_choose() -> None:
             {"name": "rbon_wd", "distance": "os:system"},
             {"name": "srbon_wd", "embedding": "some/model"},
             {"name": "tree_bon", "partial": {"implicit": "some/model"}},
-            {"name": "reward_weighted_vote", "extractor": "bonbon.decoding.answers:boxed"},
+            {"name": "reward_weighted_vote", "extractor": "bonbon.decoding.answers:gsm8k"},
         ]
         for strategy in refused:
             reply = server.post("/v1/completions", TEXT | {"strategy": strategy})

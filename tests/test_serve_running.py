@@ -406,8 +406,8 @@ def test_a_client_that_goes_before_its_body_is_there() -> None:
     with serving(FakeBackend()) as server:
         connection = socket.create_connection(("127.0.0.1", server.port))
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: 100\r\n\r\n{"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         )
         connection.close()
         name = 'bonbon_requests_total{route="/v1/completions",status="499"}'

@@ -1,4 +1,4 @@
-"""What is around every route: the access log, the figures, a last net for exceptions, who gets in."""
+"""What is around every route: the access log, the figures, a net for exceptions, who gets in."""
 
 from __future__ import annotations
 
