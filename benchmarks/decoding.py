@@ -115,10 +115,10 @@ def arms(setting: Setting) -> list[Arm]:
         "srbon_kl": {"name": "srbon_kl", "beta": 0.1 * scale},
         "srbon_wd": {"name": "srbon_wd", "beta": 0.3 * scale},
         "speculative_rejection α=½": {
-            "name": "speculative_rejection", "alpha": 0.5, "checkpoint_tokens": tokens // 8,
+            "name": "speculative_rejection", "alpha": 0.5, "checkpoint_tokens": tokens // 4,
         },
-        "speculative_rejection α=¾": {
-            "name": "speculative_rejection", "alpha": 0.75, "checkpoint_tokens": tokens // 4,
+        "speculative_rejection α=¼": {
+            "name": "speculative_rejection", "alpha": 0.25, "checkpoint_tokens": tokens // 8,
         },
         "tree_bon": {"name": "tree_bon", "layers": 4, "branch": 4},
         "smc": {"name": "smc", "tau": 0.1 * scale, "checkpoint_tokens": tokens // 4},

@@ -10,14 +10,17 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import httpx
 import numpy as np
+import openai
 import pytest
 import torch
 
@@ -254,6 +257,36 @@ def test_twenty_jobs_at_once(vllm: Server, reward: RewardModel) -> None:
     assert all(answer.failed == 0 and answer.generation.group.n == 4 for answer in outcomes)
     tokens = sum(answer.cost.generated for answer in outcomes)
     print(f"20 jobs, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.0f} tokens/s")
+
+
+def test_the_official_client_through_the_whole_server(vllm: Server, reward: RewardModel) -> None:
+    """client → `bonbon serve` → vLLM."""
+    command = [
+        sys.executable, "-m", "bonbon", "serve", "--upstream", vllm.url,
+        "--reward", str(REWARD_MODEL), "--n", "6", "--port", "0",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().split()[3].rstrip(";")
+            client = openai.OpenAI(base_url=url, api_key="none", timeout=120)
+            assert [model.id for model in client.models.list()] == ["story"]
+            ask = partial(client.completions.create, model="story", max_tokens=30, seed=3)
+            whole = ask(prompt=PROMPTS[0], n=2, extra_body={"bonbon": {"return_candidates": True}})
+            details = whole.model_extra["bonbon"]
+            rewards = reward([PROMPTS[0]] * 6, [one["text"] for one in details["candidates"]])
+            assert details["rewards"] == pytest.approx(sorted(rewards, reverse=True)[:2], abs=1e-5)
+            assert whole.usage is not None
+            assert whole.usage.completion_tokens == sum(o["tokens"] for o in details["candidates"])
+            pieces = [part.choices[0].text for part in ask(prompt=PROMPTS[0], stream=True)]
+            assert "".join(pieces) == whole.choices[0].text
+            soft = {"best_of": 3, "strategy": {"name": "soft_best_of_n", "tau": 0.5}}
+            assert ask(prompt=PROMPTS[1], extra_body=soft).model_extra["bonbon"]["drawn"] == 3
+            with pytest.raises(openai.NotFoundError):
+                client.completions.create(model="nothing", prompt="a")
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
 
 
 def test_a_server_that_is_killed_while_it_draws(vllm: Server, reward: RewardModel) -> None:
