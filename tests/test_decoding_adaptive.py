@@ -150,7 +150,7 @@ def test_prices_span_from_all_draws_to_the_fewest() -> None:
     sequences = ["".join(names) for names in itertools.product(OUTCOMES, repeat=4)]
     means = []
     for price in (0.0, 0.02, 0.1, 10.0):
-        found = AdaptiveN(price=price, min_n=2).generate(
+        found = AdaptiveN(price=price, min_n=2, batch=1).generate(
             listed(sequences), Listed(4), named_reward
         )  # fmt: skip
         means.append(np.mean([generation.group.n for generation in found]))
@@ -161,7 +161,9 @@ def test_prices_span_from_all_draws_to_the_fewest() -> None:
 
 def test_cost_adds_up_over_rounds() -> None:
     source = Listed(4)
-    (found,) = AdaptiveN(price=0.01, min_n=2).generate(listed(["acbc"]), source, named_reward)
+    (found,) = AdaptiveN(price=0.01, min_n=2, batch=1).generate(
+        listed(["acbc"]), source, named_reward
+    )
     assert [numbers for _, numbers in source.asked] == [range(2), range(2, 3), range(3, 4)]
     assert found.cost.generated == 2 + 9 + 4 + 9
     assert found.cost.prefilled == 3 * 3
@@ -172,7 +174,7 @@ def test_cost_adds_up_over_rounds() -> None:
 
 def test_tied_rewards_stop_at_once_and_a_free_draw_never() -> None:
     for price, made in ((1e-12, 3), (0.0, 6)):
-        (found,) = AdaptiveN(price=price, min_n=3).generate(
+        (found,) = AdaptiveN(price=price, min_n=3, batch=1).generate(
             listed(["aaaaac"]), Listed(6), named_reward
         )  # fmt: skip
         assert found.group.n == made
@@ -180,7 +182,7 @@ def test_tied_rewards_stop_at_once_and_a_free_draw_never() -> None:
 
 def test_only_open_prompts_are_drawn_on() -> None:
     source = Listed(4)
-    AdaptiveN(price=0.05, min_n=2).generate(listed(["aabc", "acaa"]), source, named_reward)
+    AdaptiveN(price=0.05, min_n=2, batch=1).generate(listed(["aabc", "acaa"]), source, named_reward)
     assert [name for name, _ in source.asked[:2]] == ["p0", "p1"]
     assert {name for name, _ in source.asked[2:]} == {"p1"}
 
@@ -188,17 +190,23 @@ def test_only_open_prompts_are_drawn_on() -> None:
 def test_failed_draws_are_not_drawn_again() -> None:
     """They use up n, do not count towards min_n, and the end comes however many fail."""
     source = Listed(6)
-    (found,) = AdaptiveN(price=10.0, min_n=3).generate(listed(["a--bca"]), source, named_reward)
+    (found,) = AdaptiveN(price=10.0, min_n=3, batch=1).generate(
+        listed(["a--bca"]), source, named_reward
+    )
     assert found.group.completions == ("a", "b", "c")
     assert [numbers for _, numbers in source.asked] == [range(3), range(3, 4), range(4, 5)]
-    (found,) = AdaptiveN(price=10.0, min_n=2).generate(listed(["a-----"]), Listed(6), named_reward)
+    (found,) = AdaptiveN(price=10.0, min_n=2, batch=1).generate(
+        listed(["a-----"]), Listed(6), named_reward
+    )
     assert found.group.completions == ("a",)
     assert found.chosen == 0
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_fewer_draws_than_the_first_round(n: int) -> None:
-    (found,) = AdaptiveN(price=1.0, min_n=4).generate(listed(["bca"[:n]]), Listed(n), named_reward)
+    (found,) = AdaptiveN(price=1.0, min_n=4, batch=1).generate(
+        listed(["bca"[:n]]), Listed(n), named_reward
+    )
     assert found.group.n == n
 
 
@@ -214,7 +222,11 @@ def test_at_price_0_it_is_best_of_n(tiny_model: Path) -> None:
     prompts: list[Prompt] = ["Once", "A cat sat", "Two"]
     for price, whole in ((0.0, True), (0.01, False)):
         ours = bonbon.generate(
-            prompts, str(tiny_model), uneven, AdaptiveN(price=price, min_n=2), sampling=sampling
+            prompts,
+            str(tiny_model),
+            uneven,
+            AdaptiveN(price=price, min_n=2, batch=1),
+            sampling=sampling,
         )
         theirs = bonbon.generate(prompts, str(tiny_model), uneven, BestOfN(), sampling=sampling)
         for a, b in zip(ours, theirs, strict=True):

@@ -140,6 +140,9 @@ class LetterRows:
         self.peak = max(self.peak, live * (len(self.prompt.token_ids) + max(self.lengths())))
         return self.generated - before
 
+    def free_finished(self) -> None:
+        """Nothing to free: finished rows hold no cache here."""
+
     def select(self, rows: Sequence[int]) -> None:
         seen: set[int] = set()
         streams = []
@@ -674,6 +677,26 @@ def test_a_source_of_whole_draws_is_refused(model: Any, strategy: Strategy) -> N
         strategy.generate(real_prompts(), whole, length_and_letters)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pass one"):
         strategy.generate(real_prompts(), source_of(model, n=2), None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_cache_stays_within_its_budget_where_many_rows_end(seed: int) -> None:
+    """Rows that have ended hold their lines until an eighth can go, or a checkpoint comes."""
+    model, budget = six_token_model(end_bias=-1.5), 260
+    source = SpiedSource(model, n=40, max_new_tokens=30, seed=seed)
+    strategy = SpeculativeRejection(alpha=0.25, checkpoint_tokens=2, max_cache_tokens=budget)
+    strategy.generate([PROMPT], source, length_and_letters)
+    assert max(held for held, _, _ in source.seen) <= budget
+    assert max(held for held, _, _ in source.seen) > 0.8 * budget
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.999999999999])
+def test_one_row_goes_on_and_is_chosen(model: Any, alpha: float) -> None:
+    strategy = SpeculativeRejection(alpha=alpha, checkpoint_tokens=1)
+    for n in (1, 5):
+        source = source_of(model, n=n, max_new_tokens=6)
+        (found,) = strategy.generate([PROMPT], source, length_and_letters)
+        assert found.group.finish_reasons[found.chosen] != "rejected"
 
 
 def test_the_cache_stays_within_its_budget_and_shrinks() -> None:

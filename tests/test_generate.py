@@ -18,6 +18,7 @@ from bonbon.cli import app
 from bonbon.config import SamplingConfig
 from bonbon.decoding import BestOfN, Cost, Generation, Strategy, catalogue
 from bonbon.decoding.catalogue import STRATEGIES, describe_strategy, parse_strategy, strategy_class
+from bonbon.decoding.console import printable
 from bonbon.errors import BonbonError
 from bonbon.groups import read_groups, shard_paths, write_shard
 from bonbon.models import load_policy
@@ -73,12 +74,29 @@ def test_a_loaded_model_and_an_answer_that_its_neighbours_do_not_change(tiny_mod
         ({"prompts": "Once"}, "list of prompts"),
         ({"reward": None}, "chooses by a reward"),
         ({"strategy": "bestof"}, "unknown strategy 'bestof'; there are best_of_n"),
+        ({"strategy": BestOfN}, r"an instance, BestOfN\(\), and not the class"),
+        ({"strategy": "adaptive_n"}, "adaptive_n needs the setting price"),
+        ({"stop": [""]}, "an empty stop string"),
+        ({"prompts": [PromptRow("a", "b"), PromptRow("a", "c")]}, "'a' occurs twice"),
     ],
 )
 def test_misuse(tiny_model: Path, arguments: dict[str, Any], said: str) -> None:
     values = {"prompts": PROMPTS, "model": str(tiny_model), "reward": count_e}
     with pytest.raises(ValueError, match=said):
         bonbon.generate(**(values | arguments))
+
+
+@pytest.mark.parametrize("prompt", ["", 5, None, [], [{"role": "user"}], "\ud800"])
+def test_what_is_no_prompt(tiny_model: Path, prompt: Any) -> None:
+    with pytest.raises(BonbonError, match="prompt row-1: "):
+        bonbon.generate([prompt], str(tiny_model), count_e)
+
+
+def test_one_stop_string_is_one(tiny_model: Path) -> None:
+    sampling = SamplingConfig(n=4, max_new_tokens=12)
+    for stop in ("e", ["e"]):
+        found = bonbon.generate(PROMPTS, str(tiny_model), count_e, sampling=sampling, stop=stop)
+        assert not any("e" in text for one in found for text in one.group.completions)
 
 
 def test_a_loaded_model_needs_its_tokenizer(tiny_model: Path) -> None:
@@ -180,6 +198,62 @@ def test_the_command_writes_answers_groups_and_cost(
     assert total["cost"]["generated"] == sum(sum(group.lengths()) for group in groups)
     assert total["cost"]["reward_calls"] == 12
     assert groups.provenance["strategy"] == {"name": "best_of_n"}
+    for name in ("generated", "prefilled", "reward_calls"):
+        assert total["cost"][name] == sum(answer["cost"][name] for answer in answers)
+        assert total["cost_per_answer"][name] == round(total["cost"][name] / 3)
+
+
+def test_a_run_s_folder_is_not_written_into(
+    tiny_model: Path, tiny_reward_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    config = {
+        "model": {"name": str(tiny_model), "device": "cpu"},
+        "prompts": {"path": str(prompts_file)},
+        "sampling": {"n": 2, "max_new_tokens": 4},
+        "reward": {"model": str(tiny_reward_model)},
+        "evaluation": {"prompts": {"path": str(prompts_file)}},
+    }
+    settings = tmp_path / "run.yaml"
+    settings.write_text(yaml.safe_dump(config))
+    assert run_command("sample", settings, "--out", tmp_path / "run").exit_code == 0
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    refused = bonbon_generate(settings, "--out", tmp_path / "run")
+    assert refused.exit_code == 2
+    assert "a run or a comparison" in refused.stderr
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert bonbon_generate(settings, "--out", tmp_path / "answers").exit_code == 0
+    refused = run_command("sample", settings, "--out", tmp_path / "answers")
+    assert refused.exit_code == 2
+    assert "answers of `bonbon generate`" in refused.stderr
+
+
+def test_a_first_try_that_failed_does_not_lock_the_folder(
+    tiny_model: Path, tiny_reward_model: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    arguments = options(tiny_model, tiny_reward_model, prompts_file, tmp_path / "out")
+    assert bonbon_generate(*arguments, "--model", tmp_path / "nowhere").exit_code == 2
+    long = ["--set", "sampling.max_new_tokens=63"]  # no prompt fits beside it
+    assert bonbon_generate(*arguments, *long).exit_code == 2
+    assert bonbon_generate(*arguments).exit_code == 0
+
+
+def test_changed_code_of_a_strategy_is_noticed(
+    tiny_model: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    code = tmp_path / "first_letters.py"
+    code.write_text("def letter(text):\n    return text[:1]\n")
+    arguments = [
+        *("--model", tiny_model, "--prompts", prompts_file, "--out", tmp_path / "out", "--n", 3),
+        *("--strategy", "self_consistency", "--set", "strategy.extractor=first_letters:letter"),
+        *("--max-new-tokens", 4),
+    ]
+    assert bonbon_generate(*arguments).exit_code == 0
+    assert bonbon_generate(*arguments).exit_code == 0
+    code.write_text("def letter(text):\n    return text[:2]\n")
+    refused = bonbon_generate(*arguments)
+    assert refused.exit_code == 2
+    assert "strategy.loaded.extractor was" in refused.stderr
 
 
 def test_a_stopped_command_goes_on(
@@ -234,14 +308,24 @@ def test_a_prompt_on_the_command_line(tiny_model: Path, tiny_reward_model: Path)
         *("--set", "sampling.max_new_tokens=6"),
     )
     assert result.exit_code == 0, (result.output, result.exception)
+    assert "cut off at its longest, reward" in result.stderr
     assert "3 candidates" in result.stderr
+    both = bonbon_generate("--model", tiny_model, "--prompt", "Hi", "--out", "o")
+    assert both.exit_code == 2
+    assert "leave out --prompts and --out" in both.stderr
+    for bad in ("", "Hi \udcff"):
+        refused = bonbon_generate(
+            *("--model", tiny_model, "--reward", tiny_reward_model, "--prompt", bad)
+        )
+        assert refused.exit_code == 2, refused.output
+        assert "--prompt: the prompt" in refused.stderr
     assert "tokens generated" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--out", "o"], "the key model is missing"),
+        (["--out", "o"], "there is no model; name one with --model"),
         (["--model", "m", "--out", "o"], "strategy best_of_n chooses by a reward"),
         (["--model", "m", "--reward", "a:b"], "name the folder to write into with --out"),
         (["--model", "m", "--reward", "a:b", "--out", "o"], "there are no prompts"),
@@ -277,6 +361,13 @@ def test_training_refuses_groups_whose_draws_were_steered(
         arguments = options(tiny_model, tiny_reward_model, prompts_file, out)
         result = bonbon_generate(*arguments, "--strategy", strategy)
         assert result.exit_code == 0, (result.output, result.exception)
+    for command in (
+        ["plan", "--win-rate", 0.9],
+        ["fit-beta", "--by", "x", "--strategy", "rbon_kl"],
+    ):
+        refused = run_command(command[0], tmp_path / "tree_bon" / "generations", *command[1:])
+        assert refused.exit_code == 2
+        assert "strategy tree_bon, which steers" in refused.stderr
     args = BoNBoNConfig(str(tmp_path / "model"), report_to=[], use_cpu=True)
     with pytest.raises(BonbonError, match="strategy tree_bon, which steers"):
         BoNBoNTrainer(
@@ -287,6 +378,12 @@ def test_training_refuses_groups_whose_draws_were_steered(
 
 
 # --- fitting and planning -------------------------------------------------------------------------
+
+
+def test_what_a_terminal_shows() -> None:
+    text = "10\u00a0000 € 👩‍🚀 a\u3000b\n\tc"
+    assert printable(text) == text
+    assert printable("a\x1b[31mb\u202ec\x07\r") == "a[31mbc"
 
 
 @pytest.fixture
@@ -314,6 +411,8 @@ def test_the_command_fits_a_beta(pilot: Path) -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     fitted = json.loads(result.stdout)
     assert fitted["beta"] in [point["beta"] for point in fitted["curve"]]
+    soft = run_command("fit-beta", pilot, "--strategy", "soft_best_of_n", "--by", "gold", "--json")
+    assert json.loads(soft.stdout)["field"] == "tau"
     shown = run_command("fit-beta", pilot, "--strategy", "rbon_kl", "--by", "gold")
     assert "best: beta = " in shown.stdout
     for arguments, said in [
@@ -322,6 +421,7 @@ def test_the_command_fits_a_beta(pilot: Path) -> None:
         (["--strategy", "rbon_kl", "--by", "silver"], "no metric 'silver'"),
         (["--strategy", "rbon_kl", "--by", "gold", "--set", "beta"], "write it as key=value"),
         (["--strategy", "rbon_wd", "--by", "gold"], "named by `embedding`"),
+        (["--strategy", "rbon_kl", "--by", "gold", "--set", "beta=1"], "leave it out"),
     ]:
         refused = run_command("fit-beta", pilot, *arguments)
         assert refused.exit_code == 2, refused.output
@@ -338,6 +438,8 @@ def test_the_command_plans(pilot: Path, tmp_path: Path) -> None:
     assert found["by_estimate"]["n"] == 2
     for arguments, said in [
         (["--win-rate", 1.5], "lies between 0 and 1"),
+        (["--win-rate", 0.9, "--tokens-per-second", -5], "a number above 0"),
+        (["--win-rate", 0.9, "--plot", "plan.txt"], "a plot is one of png"),
         (["--win-rate", 0.9, "--by", "silver"], "no metric 'silver'"),
     ]:
         refused = run_command("plan", pilot, *arguments)

@@ -207,7 +207,7 @@ def test_wishes_that_cannot_be() -> None:
     for wanted in (0.0, 1.0, 90.0, math.nan):
         with pytest.raises(BonbonError, match="win rate lies between 0 and 1"):
             plan(normal_pilot(), wanted)
-    with pytest.raises(BonbonError, match="1 or more, not 0"):
+    with pytest.raises(BonbonError, match="1 to 10,000, not 0"):
         plan(normal_pilot(), 0.8, max_n=0)
     with pytest.raises(BonbonError, match=r"no metric 'gold' \(metrics: it has none\)"):
         plan(normal_pilot(), 0.8, "gold")

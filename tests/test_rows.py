@@ -68,6 +68,8 @@ def test_what_is_not_selected_frees_its_cache(model: LlamaForCausalLM) -> None:
     rows.select(unfinished[:3])
     keys = rows._cache.layers[0].keys
     assert keys.shape[0] == 3
+    assert keys.untyped_storage().nbytes() == keys.nbytes
+    assert rows._cache.layers[0]._key_buffer is None  # or the old rows would still be held
     columns = len(PROMPT.token_ids) + 1  # the last drawn token is not read yet
     assert rows.cache_tokens() == 3 * columns == keys.shape[0] * keys.shape[2]
 
@@ -143,6 +145,17 @@ def test_several_prompts_with_rows_of_their_own_number(model: LlamaForCausalLM) 
         assert found.cost.prefilled == single.cost.prefilled == len(found.group.prompt_token_ids)
 
 
+def test_prompts_that_are_read_again_are_counted_again(model: LlamaForCausalLM) -> None:
+    config = SamplingConfig(max_new_tokens=6, max_batch_tokens=20)  # two rows at a time
+    (found,) = TransformersSampler(model, byte_tokenizer(), config).draw([PROMPT], [range(5)])
+    assert found.cost.prefilled == 3 * len(PROMPT.token_ids)
+
+
+def test_probabilities_that_are_not_finite_are_refused(model: LlamaForCausalLM) -> None:
+    with pytest.raises(BonbonError, match="not finite"):
+        source_of(model, n=2, max_new_tokens=3, temperature=1e-320).draw([PROMPT], [range(2)])
+
+
 def test_a_recurrent_model_cannot_select() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -152,6 +165,8 @@ def test_a_recurrent_model_cannot_select() -> None:
     sampler = TransformersSampler(
         MambaForCausalLM(config).eval(), byte_tokenizer(), SamplingConfig(max_new_tokens=4)
     )
+    (found,) = sampler.draw([PROMPT], [range(4)])
+    assert found.cost.prefilled == 4 * len(PROMPT.token_ids)  # once a row
     rows = Rows(sampler.decoder(), [PROMPT], [range(2)])
     rows.draw(1)
     with pytest.raises(BonbonError, match="best_of_n"):

@@ -34,6 +34,11 @@ class BlockGrowingLayer(DynamicLayer):
         self._value_buffer, self.values = _append(self._value_buffer, self.values, value_states)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Go on with these rows, some perhaps more than once; the old buffers are freed at once."""
+        super().batch_select_indices(indices)
+        self._key_buffer = self._value_buffer = None
+
 
 def _append(
     buffer: torch.Tensor | None, kept: torch.Tensor, new: torch.Tensor

@@ -160,11 +160,23 @@ def generate(
     model: ModelName = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts.")] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="A prompt, answered here and now.")
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            help="Answered here and now; a user's message to a chat model.",
+        ),
     ] = None,
     reward: RewardName = None,
     strategy: StrategyName = None,
     n: Candidates = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest completion.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of the sampling; 1 unless set.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling; 0 unless set.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A string that ends a completion.")
+    ] = None,
     set_: Set = None,
     prompt_column: PromptColumn = None,
     on_long_prompt: OnLongPrompt = None,
@@ -180,9 +192,18 @@ def generate(
         from bonbon.decoding.settings import parse_generate_config, with_named
 
         found = {} if config is None else read_yaml(config)
-        values = with_named(
-            found, model=model, reward=reward, strategy=strategy, prompts=prompts, n=n
-        )
+        if prompt and (out is not None or prompts is not None):
+            raise BonbonError("--prompt is answered here and now; leave out --prompts and --out")
+        options = {
+            "model.name": model,
+            "prompts.path": None if prompts is None else str(prompts),
+            "sampling.n": n,
+            "sampling.max_new_tokens": max_new_tokens,
+            "sampling.temperature": temperature,
+            "sampling.seed": seed,
+            "stop": stop or None,
+        }
+        values = with_named(found, options, reward=reward, strategy=strategy)
         changes = _changes(set_, prompt_column, on_long_prompt)
         settings = parse_generate_config(values, changes, str(config or "the command line"))
         _quiet_libraries()
@@ -220,11 +241,15 @@ def serve(
         from bonbon.serve.command import parse_serve_settings
         from bonbon.serve.command import serve as start
 
-        values = with_named(
-            {} if config is None else read_yaml(config),
-            model=model, reward=reward, strategy=strategy, n=n,
-            upstream=upstream, host=host, port=port,
-        )  # fmt: skip
+        found = {} if config is None else read_yaml(config)
+        options = {
+            "model.name": model,
+            "upstream.base_url": upstream,
+            "sampling.n": n,
+            "host": host,
+            "port": port,
+        }
+        values = with_named(found, options, reward=reward, strategy=strategy)
         settings = parse_serve_settings(values, set_ or [], str(config or "the command line"))
         _quiet_libraries()
         start(settings)
@@ -241,7 +266,9 @@ def fit_beta(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of the strategy's."),
     ] = None,
-    field: Annotated[str, typer.Option(help="The setting that is fitted.")] = "beta",
+    field: Annotated[
+        str | None, typer.Option(help="The setting that is fitted; else beta, or tau.")
+    ] = None,
     model: ModelName = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -259,7 +286,7 @@ def fit_beta(
         if as_json:
             print(json.dumps(asdict(fitted), indent=2))
         else:
-            show_fitted(fitted, field, by)
+            show_fitted(fitted, by)
 
 
 @app.command()
@@ -285,8 +312,13 @@ def plan(
         from bonbon.groups import read_groups
         from bonbon.plan import plan as make_plan
         from bonbon.plan import plan_sentences, plan_table, sampling_speed_beside
+        from bonbon.plots import check_plot_path
 
-        speed = tokens_per_second or sampling_speed_beside(groups)
+        if plot is not None:
+            check_plot_path(plot)
+        speed = tokens_per_second
+        if speed is None:
+            speed = sampling_speed_beside(groups)
         planned = make_plan(read_groups(groups), win_rate, by, max_n, speed)
         if as_json:
             print(json.dumps(asdict(planned), indent=2))

@@ -117,6 +117,7 @@ def compare(folder: RunFolder, specs: Sequence[PolicySpec]) -> Evaluation:
         policies.append(policy)
     rows = evaluation_prompts(config)
     folder.refuse("sample", "rounds", "evaluate", what="a run")
+    folder.refuse("generate", what="answers of `bonbon generate`")
     folder.begin("compare", _settings(config))
     for policy in policies:
         if not shard_paths(drawn_folder(folder, policy.name)):

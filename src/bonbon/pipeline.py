@@ -57,6 +57,9 @@ def sample(folder: RunFolder) -> None:
     _refuse_rounds(config)
     rows, _ = load_prompts(config)
     folder.refuse("compare", what="a comparison")
+    folder.refuse("generate", what="answers of `bonbon generate`")
+    if not shard_paths(folder.samples):
+        folder.forget("sample")  # nothing came of it
     folder.begin("sample", _sample_settings(config))
     if folder.is_finished("sample", folder.samples):
         return
@@ -379,6 +382,7 @@ def _run_rounds(folder: RunFolder) -> None:
     """Rounds of sample, score and train, each in a run folder `round-R/`; then the models."""
     config = folder.config
     folder.refuse("compare", what="a comparison")
+    folder.refuse("generate", what="answers of `bonbon generate`")
     folder.begin("rounds", _rounds_settings(config))
     base: Path | str = config.model.name
     steps = []

@@ -8,6 +8,7 @@ one that decides the win and no rewards tie; elsewhere it is a guess, and marked
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bonbon.config import LARGEST_N
+from bonbon.decoding.catalogue import check_independent
 from bonbon.errors import BonbonError
 from bonbon.evaluation.best_of_k import best_of_k_curve
 from bonbon.evaluation.figures import Figure, Floats
@@ -94,6 +97,9 @@ def plan(
     max_n that cannot be.
     """
     _check_wanted(win_rate, max_n)
+    if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
+        raise BonbonError(f"tokens a second are a number above 0, not {tokens_per_second}")
+    check_independent(groups.provenance, "plan from")
     draws = _draws(groups)
     chooser = [_values(group, None)[:draws] for group in groups]
     judge = {} if by is None else {by: [_values(group, by)[:draws] for group in groups]}
@@ -106,7 +112,7 @@ def plan(
     rows = [
         PlanRow(
             n=point.k,
-            win_rate=point.win_rate if by is None else point.win_rate_by[by],
+            win_rate=_clipped(point.win_rate if by is None else point.win_rate_by[by]),
             kl=point.kl,
             tokens=point.k * tokens,
             seconds=None if speed is None else point.k * tokens / speed,
@@ -129,6 +135,11 @@ def plan(
             best=next(row for row in rows if row.win_rate.value >= most),
         )
     )
+
+
+def _clipped(rate: Figure) -> Figure:
+    """A win rate whose interval, Student's for few prompts, stays within [0, 1]."""
+    return Figure(rate.value, max(rate.low, 0.0), min(rate.high, 1.0))
 
 
 def sampling_speed(provenance: Mapping[str, Any]) -> float | None:
@@ -168,8 +179,8 @@ def _chosen(every: Plan) -> Plan:
 def _check_wanted(win_rate: float, max_n: int) -> None:
     if not 0 < win_rate < 1:
         raise BonbonError(f"a wanted win rate lies between 0 and 1, not at {win_rate}; try 0.9")
-    if max_n < 1:
-        raise BonbonError(f"the largest n must be 1 or more, not {max_n}")
+    if not 1 <= max_n <= LARGEST_N:
+        raise BonbonError(f"the largest n must be 1 to {LARGEST_N:,}, not {max_n}")
 
 
 def _draws(groups: Sequence[Group]) -> int:

@@ -51,10 +51,16 @@ def _frontier_axes(max_kl: float, ns: Sequence[float]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def check_plot_path(path: Path) -> str:
+    """The format that a file's ending names. Raises BonbonError for one that is no plot's."""
     suffix = path.suffix.lstrip(".").lower() or "png"
     if suffix not in FORMATS:
         raise BonbonError(f"{path}: a plot is one of {', '.join(FORMATS)}, by the file's ending")
+    return suffix
+
+
+def _save(figure: Any, path: Path) -> None:
+    suffix = check_plot_path(path)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=suffix, dpi=160)
 

@@ -72,7 +72,7 @@ def read_prompts(
                 f"{where}: id {prompt_id!r} was used by row {seen[prompt_id]} already"
             )
         seen[prompt_id] = number
-        prompt = _checked_prompt(record[column], where)
+        prompt = checked_prompt(record[column], where)
         if rows and isinstance(prompt, str) != isinstance(rows[0].prompt, str):
             raise BonbonError(
                 f"{where}: a file holds either plain-text or chat prompts, not both; split it"
@@ -108,7 +108,11 @@ def check_text(value: Any, what: str, where: str) -> None:
         raise BonbonError(f"{where}: the {what} has a lone surrogate, which is no text") from error
 
 
-def _checked_prompt(value: Any, where: str) -> Prompt:
+def checked_prompt(value: Any, where: str) -> Prompt:
+    """A prompt that is one: a text with something in it, or messages with one left to answer.
+
+    Raises BonbonError, saying `where` it stands, for anything else.
+    """
     check_text(value, "prompt", where)
     if isinstance(value, str):
         if not value.strip():

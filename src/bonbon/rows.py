@@ -69,13 +69,22 @@ def warped_log_probs(
 
 
 def draw_tokens(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The inverse CDF of each row of `log_probs` (rows, vocabulary) at `uniforms` (rows,)."""
+    """The inverse CDF of each row of `log_probs` (rows, vocabulary) at `uniforms` (rows,).
+
+    Raises BonbonError for probabilities that are NaN.
+    """
     rows_at_once = max(1, _CDF_ENTRIES // log_probs.shape[-1])
     drawn = []
     for start in range(0, len(log_probs), rows_at_once):
         chunk = slice(start, start + rows_at_once)
         cdf = log_probs[chunk].exp().cumsum(dim=-1, dtype=torch.float64)
-        target = uniforms[chunk, None] * cdf[:, -1:]
+        total = cdf[:, -1:]
+        if not bool(total.isfinite().all()):
+            raise BonbonError(
+                "the model's next-token probabilities are not finite; its weights overflow in this "
+                "dtype (try model.dtype=float32), or the sampling temperature is too small"
+            )
+        target = uniforms[chunk, None] * total
         drawn.append(torch.searchsorted(cdf, target, right=True).squeeze(-1))
     return torch.cat(drawn).clamp(max=log_probs.shape[-1] - 1)
 
@@ -169,6 +178,7 @@ class Rows:
         self.decoder = decoder
         self.prompts = list(prompts)
         self.generated = 0
+        self._counts = [len(numbers) for numbers in ks]
         self._ends = torch.tensor(decoder.ends(), device=decoder.model.device)
         self._prompt_of = [i for i, numbers in enumerate(ks) for _ in numbers]
         self._next_k = [max(numbers, default=-1) + 1 for numbers in ks]
@@ -198,7 +208,6 @@ class Rows:
         )
         rows = torch.tensor(self._prompt_of)
         read = self.prompts if self._by_row else [self.prompts[i] for i in self._prompt_of]
-        self.prefilled = sum(len(prompt.token_ids) for prompt in read)
         padded = pad([p.token_ids for p in read], tokenizer.pad_token_id or 0, "left")
         ids, mask = (x.to(model.device) for x in padded)
         logits = self._forward(ids, mask, positions(mask))
@@ -226,6 +235,18 @@ class Rows:
         """The number of rows."""
         return len(self._prompt_of)
 
+    def prefilled_of(self) -> list[int]:
+        """The prompt tokens that were read for each prompt: once, or once a row."""
+        rows = [1] * len(self.prompts) if self._by_row else self._counts
+        return [
+            len(prompt.token_ids) * count for prompt, count in zip(self.prompts, rows, strict=True)
+        ]
+
+    @property
+    def prefilled(self) -> int:
+        """The prompt tokens that were read."""
+        return sum(self.prefilled_of())
+
     @property
     def finished(self) -> list[bool]:
         """Whether each row has come to its end: an end token, a stop string, or full length."""
@@ -236,7 +257,10 @@ class Rows:
         return list((self._tokens >= 0).sum(dim=-1).tolist())
 
     def cache_tokens(self) -> int:
-        """Key-value entries that are held now: cache lines × columns."""
+        """Key-value entries that are in use now: cache lines × columns.
+
+        A few columns more are set aside for each line (`bonbon.cache`).
+        """
         return len(self._row_of) * self._mask.shape[1] if len(self._row_of) else 0
 
     def rows(self) -> list[list[Row]]:
@@ -322,6 +346,13 @@ class Rows:
         self._logits = self._logits[lines]
         if self._pending is not None:
             self._pending = self._pending[lines]
+
+    @torch.inference_mode()
+    def free_finished(self) -> None:
+        """Free the cache lines that finished rows still hold until an eighth of them can go."""
+        alive = ~self._finished[self._row_of]
+        if self._by_row and not bool(alive.all()):
+            self._keep_lines(alive.nonzero().squeeze(-1))
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:

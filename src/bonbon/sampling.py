@@ -206,12 +206,12 @@ class TransformersSampler:
             passes = [[numbers[start : start + at_once]] for start in starts]
         prompts = [prompt for prompt, _ in batch]
         found: list[list[Row]] = [[] for _ in prompts]
+        prefilled = [0] * len(prompts)
         for numbers_of in passes:
             rows = Rows(decoder, prompts, numbers_of)
             rows.draw(self.config.max_new_tokens)
-            for mine, new in zip(found, rows.rows(), strict=True):
-                mine.extend(new)
-        return [
-            (decoder.group(prompt, mine), len(passes) * len(prompt.token_ids))
-            for prompt, mine in zip(prompts, found, strict=True)
-        ]
+            for index, (new, read) in enumerate(zip(rows.rows(), rows.prefilled_of(), strict=True)):
+                found[index].extend(new)
+                prefilled[index] += read
+        groups = [decoder.group(*pair) for pair in zip(prompts, found, strict=True)]
+        return list(zip(groups, prefilled, strict=True))

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.batching import token_batches
 from bonbon.config import LARGEST_N, SamplingConfig
-from bonbon.decoding.catalogue import strategy_class
+from bonbon.decoding.catalogue import check_independent
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
 from bonbon.kl_budget import KLBudgetCallback, KLMeter, base_of
@@ -212,7 +212,7 @@ class BoNBoNTrainer(Trainer):
             model.enable_input_require_grads()
         self.objective = OBJECTIVES[args.objective]
         for dataset in (train_dataset, eval_dataset):
-            _refuse_steered(dataset)
+            check_independent(getattr(dataset, "provenance", {}), "train on")
         self.temperature = _temperature(args, train_dataset)
         self.selection = _select(train_dataset, self.objective.select)
         held_out = _select(eval_dataset, self.objective.select)
@@ -350,17 +350,6 @@ class BoNBoNTrainer(Trainer):
         logs |= {f"{prefix}{name}": sum(v) / len(v) for name, v in mode.items()}
         mode.clear()
         super().log(logs, start_time)
-
-
-def _refuse_steered(dataset: Any) -> None:
-    """Raise BonbonError for groups whose completions are no independent draws of the base model."""
-    strategy = getattr(dataset, "provenance", {}).get("strategy")
-    if strategy is not None and not strategy_class(strategy["name"]).independent:
-        raise BonbonError(
-            f"the groups were made by strategy {strategy['name']}, which steers what is drawn, so "
-            "that their ranks are not those of the base model's draws; train on groups of `bonbon "
-            "sample`, or of a strategy such as best_of_n"
-        )
 
 
 def _drawn_with(dataset: Any) -> Mapping[str, Any]:

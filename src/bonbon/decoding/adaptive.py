@@ -51,7 +51,9 @@ def expected_gain(rewards: ArrayLike) -> float:
 def _spacing_weights(k: int) -> Floats:
     """The weight of each spacing r_(i+1) − r_(i), i = 1..k−1, in `expected_gain`."""
     m = k // 2 + 1
-    below = np.array([math.comb(i, m - 1) / math.comb(k, m - 1) for i in range(1, k)])
+    i = np.arange(k - 1, 0, -1)
+    # C(i, m−1) over C(i + 1, m−1); their product from k down is C(i, m−1)/C(k, m−1).
+    below = np.cumprod(np.maximum(i - m + 2, 0) / (i + 1))[::-1]
     above = (k - np.arange(1, k)) / (k - m + 1)
     return np.asarray(below * above * m / (k + 1))
 
@@ -76,7 +78,7 @@ class AdaptiveN(Strategy):
     independent: ClassVar[bool] = False  # how many there are depends on what they are
 
     price: float = Field(ge=0, description="of a token, in units of the reward")
-    batch: int = Field(1, ge=1, description="draws a prompt in each round after the first")
+    batch: int = Field(4, ge=1, description="draws a prompt in each round after the first")
     min_n: int = Field(4, ge=2, description="draws of the first round")
 
     def generate(

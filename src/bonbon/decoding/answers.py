@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+"
-_CURRENCY = "[$€£¥]?"
+# Thousands by commas, the Indian way too (1,00,000), or by spaces that do not break.
+_GROUPED = r"\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d{1,3}(?:[\u00a0\u202f]\d{3})+(?!\d)"
+_DIGITS = rf"(?:{_GROUPED}|\d+)(?:\.\d+)?|(?<!\d)\.\d+"
+_CURRENCY = "[$€£¥₹]?"
 # Behind a word, a digit or a bracket a hyphen is no sign: `10-3`, `x-3`.
 _SIGN = r"(?:(?<![\w)\]}%])[-−+])?"
 _NUMBER = re.compile(
@@ -23,8 +25,8 @@ _WHOLE = re.compile(rf"\$?{_NUMBER.pattern}\s*(?:\\?%)?\$?\.?")
 def last_number(text: str) -> str | None:
     """The last number in the text; per cent signs and currencies are dropped, commas are read.
 
-    A fraction or a date is several numbers, of which the last counts; for such answers use `boxed`,
-    `final_line` or a function of your own.
+    Digits grouped by plain spaces, a fraction or a date are several numbers, of which the last
+    counts; for such answers use `boxed`, `final_line` or a function of your own.
     """
     numbers = list(_NUMBER.finditer(text))
     return _spelt(numbers[-1]) if numbers else None
@@ -71,7 +73,8 @@ def _tidy(text: str) -> str | None:
 
 def _spelt(number: re.Match[str]) -> str:
     """A number without leading or trailing zeros, thousands commas or an exponent."""
-    value = Decimal(number["digits"].replace(",", "") + (number["power"] or ""))
+    digits = re.sub("[,\u00a0\u202f]", "", number["digits"])
+    value = Decimal(digits + (number["power"] or ""))
     text = format(value, "f")  # exact, however many digits
     text = text.rstrip("0").rstrip(".") if "." in text else text
     negative = number["sign"] in ("-", "−") and value != 0

@@ -15,7 +15,7 @@ from bonbon.decoding.source import LocalSource
 from bonbon.decoding.strategy import Generation, Strategy
 from bonbon.groups import Prompt
 from bonbon.models import load_policy
-from bonbon.prompts import PromptRow
+from bonbon.prompts import PromptRow, checked_prompt
 from bonbon.reward import Reward
 from bonbon.stages import build_reward
 
@@ -28,14 +28,17 @@ def generate(
     *,
     sampling: SamplingConfig | None = None,
     processing_class: Tokenizer | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     progress: Callable[[int], Any] | None = None,
 ) -> list[Generation]:
     """Answer each prompt by a strategy.
 
     Args:
-        prompts: texts, lists of {"role", "content"} messages, or `PromptRow`s. A prompt's draws
-            depend on its id (`row-1`, `row-2`, … where it has none) and not on its neighbours.
+        prompts: texts, taken as they are, lists of {"role", "content"} messages, which go through
+            the chat template, or `PromptRow`s. A prompt's draws depend on its id and not on its
+            neighbours; without one its place is its id (`row-1`, `row-2`, …). Prompts that are too
+            long for the model are an error, unless `sampling.on_long_prompt` says otherwise:
+            skipped ones have no generation.
         model: a folder or hub id, or a model in evaluation mode with its `processing_class`.
         reward: anything that maps (prompts, completions) to numbers, a reward model's folder or
             hub id, or `package.module:function`. Strategies that vote take none.
@@ -59,14 +62,22 @@ def generate(
         raise ValueError("a loaded model needs its tokenizer; pass it as processing_class")
     if isinstance(reward, str):
         reward = build_reward(reward_settings(reward))
-    source = LocalSource(
-        model, processing_class, sampling or SamplingConfig(), tuple(stop), progress
-    )
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise ValueError("an empty stop string would end every completion at once")
+    source = LocalSource(model, processing_class, sampling or SamplingConfig(), stops, progress)
     return chosen.generate(source.encode(_rows(prompts)), source, reward)
 
 
 def _rows(prompts: Sequence[Prompt | PromptRow]) -> list[PromptRow]:
-    return [
+    rows = [
         prompt if isinstance(prompt, PromptRow) else PromptRow(f"row-{number}", prompt)
         for number, prompt in enumerate(prompts, start=1)
     ]
+    seen: set[str] = set()
+    for row in rows:
+        checked_prompt(row.prompt, f"prompt {row.prompt_id}")
+        if row.prompt_id in seen:
+            raise ValueError(f"prompt_id {row.prompt_id!r} occurs twice; its draws would be equal")
+        seen.add(row.prompt_id)
+    return rows

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bonbon.decoding.strategy import Strategy
+from bonbon.errors import BonbonError
 
 STRATEGIES = {
     "best_of_n": "best_of_n:BestOfN",
@@ -45,6 +46,8 @@ def parse_strategy(value: Any) -> Strategy:
     """
     if isinstance(value, Strategy):
         return value
+    if isinstance(value, type):
+        raise ValueError(f"a strategy is an instance, {value.__name__}(), and not the class")
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
@@ -65,10 +68,25 @@ def _explain(kind: type[Strategy], name: str, error: ValidationError) -> list[st
         if problem["type"] == "extra_forbidden":
             known = ", ".join(kind.model_fields) or "it has none"
             message = f"unknown setting (of {name}: {known})"
-        elif where and problem["type"] != "missing":
+        elif problem["type"] == "missing":
+            what = kind.model_fields[where].description or "no default"
+            said.append(f"strategy {name} needs the setting {where} ({what})")
+            continue
+        elif where:
             message = f"{problem['input']!r:.60}: {message}"
         said.append(f"strategy {name}, {where}: {message}" if where else f"{name}: {message}")
     return said
+
+
+def check_independent(provenance: Mapping[str, Any], purpose: str) -> None:
+    """Raise BonbonError for groups whose completions are no independent draws of the base model."""
+    strategy = provenance.get("strategy")
+    if strategy is not None and not strategy_class(strategy["name"]).independent:
+        raise BonbonError(
+            f"the groups were made by strategy {strategy['name']}, which steers what is drawn, so "
+            f"that their ranks are not those of the base model's draws; {purpose} groups of "
+            "`bonbon sample`, or of a strategy such as best_of_n"
+        )
 
 
 def strategy_name(strategy: Strategy) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,16 +23,18 @@ if TYPE_CHECKING:
 def answer_prompts(config: GenerateConfig, texts: Sequence[str]) -> None:
     """Answer prompts at once: each answer on standard output, its cost on standard error."""
     from bonbon.decoding.source import LocalSource
-    from bonbon.prompts import PromptRow
+    from bonbon.prompts import PromptRow, checked_prompt
     from bonbon.stages import build_reward, load_model
 
     model, tokenizer = load_model(config.model)
     reward = None if config.reward is None else build_reward(config.reward)
-    source = LocalSource(model, tokenizer, config.sampling)
+    source = LocalSource(model, tokenizer, config.sampling, config.stop)
+    for text in texts:
+        checked_prompt(text, "--prompt")
     rows = [PromptRow(f"row-{number}", _prompt(text, tokenizer.chat_template is not None))
             for number, text in enumerate(texts, start=1)]  # fmt: skip
     for generation in config.strategy.generate(source.encode(rows), source, reward):
-        print(_printable(generation.completion))
+        print(printable(generation.completion))
         print(f"({_cost(generation)})", file=sys.stderr)
 
 
@@ -40,17 +43,27 @@ def _prompt(text: str, chat: bool) -> str | list[dict[str, str]]:
     return [{"role": "user", "content": text}] if chat else text
 
 
-def _printable(text: str) -> str:
-    """Without control characters: what a model writes must not steer a terminal."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
+def printable(text: str) -> str:
+    """Without what could steer a terminal: control characters and marks of writing direction."""
+    return "".join(c for c in text if c in "\n\t" or not _steers(c))
+
+
+def _steers(character: str) -> bool:
+    bidirectional = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    return (
+        unicodedata.category(character) == "Cc"
+        or unicodedata.bidirectional(character) in bidirectional
+    )
 
 
 def _cost(generation: Generation) -> str:
     cost = generation.cost
     reward = "" if generation.reward is None else f"reward {generation.reward:.3g}, "
+    cut = generation.group.finish_reasons[generation.chosen] == "length"
     return (
-        f"{reward}{generation.group.n} candidates, {cost.generated:,} tokens generated, "
-        f"{cost.prefilled:,} prefilled, {cost.reward_calls} scored, {cost.seconds:.2f} s"
+        f"{'cut off at its longest, ' if cut else ''}{reward}{generation.group.n} candidates, "
+        f"{cost.generated:,} tokens generated, {cost.prefilled:,} prefilled, "
+        f"{cost.reward_calls} scored, {cost.seconds:.2f} s"
     )
 
 
@@ -77,8 +90,9 @@ def show_spent(spent: Spent, config: GenerateConfig, out: Path) -> None:
     print(f"completions  {out / 'completions.jsonl'}")
 
 
-def show_fitted(fitted: FittedBeta, field: str, by: str) -> None:
+def show_fitted(fitted: FittedBeta, by: str) -> None:
     """The curve as a table, and which value is best."""
+    field = fitted.field
     table = Table(title=f"{by} of the answers by {field}")
     for name in (field, by, "95% interval"):
         table.add_column(name, justify="right")

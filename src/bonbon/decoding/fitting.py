@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from pydantic import ValidationError
 
 from bonbon.config import parse_overrides
-from bonbon.decoding.catalogue import parse_strategy
+from bonbon.decoding.catalogue import check_independent, parse_strategy, strategy_class
 from bonbon.decoding.regularised import Regularised
 from bonbon.decoding.strategy import Floats, Source, WholeDraws
 from bonbon.errors import BonbonError
@@ -42,6 +42,7 @@ class FittedBeta:
     beta: float
     curve: tuple[BetaPoint, ...]
     at_edge: bool
+    field: str = "beta"
 
 
 def fit_beta(
@@ -88,12 +89,17 @@ def fit_beta(
         curve.append(BetaPoint(float(beta), bootstrap([np.array(expected)], lambda mean: mean)))
     best = int(np.argmax([point.gold.value for point in curve]))
     at_edge = best == len(curve) - 1 or (best == 0 and curve[0].beta > 0)
-    return FittedBeta(curve[best].beta, tuple(curve), at_edge)
+    return FittedBeta(curve[best].beta, tuple(curve), at_edge, field)
 
 
 def _gold_values(group: Group, gold: str) -> Floats:
     if group.rewards is None:
         raise BonbonError(f"prompt {group.prompt_id} has no rewards; score the groups first")
+    if "rejected" in group.finish_reasons or not np.isfinite(group.rewards).all():
+        raise BonbonError(
+            f"prompt {group.prompt_id} has completions that were given up, or rewards that are not "
+            "finite; fit on whole, scored draws"
+        )
     if gold not in group.metrics:
         has = ", ".join(group.metrics) or "none"
         raise BonbonError(f"prompt {group.prompt_id} has no metric {gold!r} (it has {has})")
@@ -142,20 +148,28 @@ def _spread(per_prompt: Sequence[Floats]) -> float:
 
 
 def fit_on_folder(
-    folder: Path, name: str, changes: Sequence[str], gold: str, field: str, model: str | None
+    folder: Path, name: str, changes: Sequence[str], gold: str, field: str | None, model: str | None
 ) -> FittedBeta:
     """`fit_beta` for a strategy by name on a folder of groups; `changes` are `setting=value`.
 
+    Without a `field` it is the strategy's β, or its τ.
+
     Raises BonbonError for what cannot be fitted, read or loaded.
     """
-    settings: dict[str, Any] = {field: 1.0, **parse_overrides(changes), "name": name}
+    settings = parse_overrides(changes)
     try:
+        fields = strategy_class(name).model_fields
+        field = field or ("tau" if "beta" not in fields and "tau" in fields else "beta")
+        for key in sorted(settings.keys() & {"name", field}):
+            raise BonbonError(f"--set {key}: leave it out; it is what is fitted, or --strategy's")
+        settings |= {"name": name, field: 1.0}
         strategy = parse_strategy(settings)
     except ValueError as error:
         raise BonbonError(str(error)) from error
     if not isinstance(strategy, WholeDraws) or field not in type(strategy).model_fields:
         raise BonbonError(f"strategy {name} has no setting {field!r} that could be fitted")
     groups = read_groups(folder)
+    check_independent(groups.provenance, "fit on")
     source = None if model is None else _source(model)
     return fit_beta(strategy, groups, gold, source=source, field=field)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, PlainSerializer, PlainValidator
@@ -23,6 +22,7 @@ from bonbon.decoding.strategy import Strategy
 from bonbon.errors import BonbonError
 
 DEFAULT_STRATEGY = "best_of_n"
+FUNCTION_NAME = r"[\w.]+:\w+"  # package.module:function
 
 # A strategy as a setting: a name, or `{name: NAME, setting: value, …}`.
 StrategySetting = Annotated[
@@ -38,6 +38,9 @@ class GenerateConfig(Settings):
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig | None = Field(None, description="None: for strategies that only vote")
     strategy: StrategySetting = Field(DEFAULT_STRATEGY, validate_default=True)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="strings at whose first appearance a completion ends"
+    )
 
 
 def parse_generate_config(
@@ -50,6 +53,8 @@ def parse_generate_config(
     if isinstance(values, dict):
         others = RunConfig.model_fields.keys() - GenerateConfig.model_fields.keys()
         values = {key: value for key, value in values.items() if key not in others}
+        if "model" not in values:
+            raise BonbonError(f"{source}: there is no model; name one with --model")
     config = parse_settings(GenerateConfig, values, overrides, source)
     check_reward(config.strategy, config.reward)
     return config
@@ -66,45 +71,39 @@ def check_reward(strategy: Strategy, reward: RewardConfig | None) -> None:
 
 def with_named(
     values: Any,
+    options: Mapping[str, Any],
     *,
-    model: str | None = None,
     reward: str | None = None,
     strategy: str | None = None,
-    prompts: Path | None = None,
-    n: int | None = None,
-    upstream: str | None = None,
-    host: str | None = None,
-    port: int | None = None,
 ) -> Any:
     """Plain settings with what the options of a command name in place of what they have.
 
-    A reward replaces the settings' whole; so does a strategy of another name.
+    `options` are `section.key` with its value; None leaves what there is. A reward replaces the
+    settings' whole; so does a strategy of another name. A bare `model` or `reward` is its name.
     """
     if not isinstance(values, dict):
         return values
     changed = dict(values)
+    if isinstance(changed.get("model"), str):
+        changed["model"] = {"name": changed["model"]}
+    reward = reward or (changed["reward"] if isinstance(changed.get("reward"), str) else None)
     if reward is not None:
         changed["reward"] = reward_settings(reward).model_dump(exclude_defaults=True)
-    found = changed.get("strategy", DEFAULT_STRATEGY)
+    found = changed.get("strategy") or DEFAULT_STRATEGY
     found = {"name": found} if isinstance(found, str) else found  # --set reaches its settings
-    same = isinstance(found, dict) and strategy in (None, found.get("name"))
-    changed["strategy"] = found if same else {"name": strategy}
-    for section, key, value in (
-        ("model", "name", model),
-        ("prompts", "path", None if prompts is None else str(prompts)),
-        ("sampling", "n", n),
-        ("upstream", "base_url", upstream),
-    ):
+    other = isinstance(found, dict) and strategy not in (None, found.get("name"))
+    changed["strategy"] = {"name": strategy} if other else found
+    for option, value in options.items():
+        section, _, key = option.rpartition(".")
         if value is not None:
             inner = changed.get(section)
-            changed[section] = {**(inner if isinstance(inner, dict) else {}), key: value}
-    return changed | {
-        key: value for key, value in (("host", host), ("port", port)) if value is not None
-    }
+            new = {**(inner if isinstance(inner, dict) else {}), key: value}
+            changed |= {section: new} if section else {key: value}
+    return changed
 
 
 def reward_settings(name: str) -> RewardConfig:
     """`package.module:function` as a function, anything else as a reward model."""
-    if re.fullmatch(r"[\w.]+:\w+", name):
+    if re.fullmatch(FUNCTION_NAME, name):
         return RewardConfig(function=name)
     return RewardConfig(model=name)

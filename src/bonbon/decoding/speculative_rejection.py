@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def survivors(live: int, alpha: float) -> int:
     """How many of `live` rows go on when the fraction `alpha` < 1, rounded down, is dropped."""
     # 0.29 · 100 is a little less than 29 in floating point.
-    return live - int(alpha * live + 1e-9)
+    return max(live - int(alpha * live + 1e-9), min(live, 1))
 
 
 def _drop_least(rows: ScoredRows, live: Sequence[int], count: int) -> None:
@@ -46,8 +46,8 @@ class SpeculativeRejection(Stepwise):
     columns of prompt and tokens) until `checkpoint_tokens` tokens later, and a checkpoint comes
     where the live rows' next token would pass the budget. There the fraction α is dropped, or more
     if the rest could not go on for `checkpoint_tokens` further tokens. Rows that have ended on the
-    way make room too and put the checkpoint off. The budget counts what is held, without the
-    short-lived copy that dropping rows takes.
+    way make room too and put the checkpoint off. The budget counts the columns in use, without
+    the few that a cache sets aside and the short-lived copy that dropping rows takes.
 
     Raises BonbonError for a prompt of which not even one row fits the budget.
     """
@@ -75,6 +75,8 @@ class SpeculativeRejection(Stepwise):
             going = self._going(len(live), columns + drawn, longest - drawn)
             if going < len(live):
                 _drop_least(rows, live, len(live) - going)
+            elif self.max_cache_tokens is not None:
+                rows.rows.free_finished()
         group = joined([rows.scored(), *rows.left])
         return Generation(group, best_whole(group), rows.cost())
 

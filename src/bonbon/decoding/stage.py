@@ -8,6 +8,8 @@ same command goes on.
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,17 +18,17 @@ from typing import Any
 import numpy as np
 
 from bonbon.decoding.catalogue import describe_strategy
-from bonbon.decoding.settings import GenerateConfig
+from bonbon.decoding.settings import FUNCTION_NAME, GenerateConfig
 from bonbon.decoding.source import LocalSource
-from bonbon.decoding.strategy import Cost, Generation
-from bonbon.digests import file_digest
+from bonbon.decoding.strategy import Cost, Generation, Strategy
+from bonbon.digests import file_digest, weights_digest
 from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure, bootstrap
 from bonbon.files import write_json, write_text
 from bonbon.groups import Group, read_shard, shard_path, shard_paths, write_shard
 from bonbon.progress import progress_bar
 from bonbon.prompts import EncodedPrompt
-from bonbon.reward import Reward
+from bonbon.reward import FunctionReward, Reward
 from bonbon.run_folder import StageFolder
 from bonbon.stages import build_reward, described, load_model, read_configured, reward_identity
 
@@ -54,14 +56,21 @@ def generate_into(folder: StageFolder, config: GenerateConfig) -> Spent:
     if config.prompts is None:
         raise BonbonError("there are no prompts; name a file with --prompts, or one by --prompt")
     rows = read_configured(config.prompts)
-    folder.begin("generate", _settings(config, config.prompts.path))
     shards = folder.path / "generations"
+    folder.refuse("sample", "rounds", "evaluate", "compare", what="a run or a comparison")
+    if not shard_paths(shards):
+        folder.forget("generate")  # nothing came of it
+    folder.begin("generate", _settings(config, config.prompts.path))
     if not folder.is_finished("generate", shards):
         model, tokenizer = load_model(config.model)
         reward = None if config.reward is None else build_reward(config.reward)
         with progress_bar("generating", 0, "prompts") as bar:
-            source = LocalSource(model, tokenizer, config.sampling, progress=bar.tokens)
+            source = LocalSource(
+                model, tokenizer, config.sampling, config.stop, progress=bar.tokens
+            )
             prompts = source.encode(rows)
+            _warn_of_skipped(len(rows) - len(prompts))
+            bar.set(0, len(prompts))
             size = config.sampling.shard_size
             starts = range(0, len(prompts), size)
             for index, start in enumerate(starts):
@@ -73,12 +82,31 @@ def generate_into(folder: StageFolder, config: GenerateConfig) -> Spent:
     return _summarise(folder.path, shards, config)
 
 
+def _warn_of_skipped(count: int) -> None:
+    if count:
+        print(f"bonbon: {count} prompts are too long and were skipped", file=sys.stderr)
+
+
 def _settings(config: GenerateConfig, prompts: Path) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     values["prompts"]["content"] = file_digest(prompts)
+    values["strategy"]["loaded"] = _loaded(config.strategy)
     if config.reward is not None:
         values["reward"] = reward_identity(config.reward)
     return values
+
+
+def _loaded(strategy: Strategy) -> dict[str, str | None]:
+    """Digests of the code and the models that a strategy's settings name."""
+    found: dict[str, str | None] = {}
+    for name in sorted(strategy.loads):
+        value = getattr(strategy, name)
+        value = getattr(value, "implicit", value)
+        if isinstance(value, str) and re.fullmatch(FUNCTION_NAME, value):
+            found[name] = FunctionReward.from_name(value).digest()
+        elif isinstance(value, str) and Path(value).expanduser().is_dir():
+            found[name] = weights_digest(Path(value).expanduser())
+    return found
 
 
 def _write(
