@@ -50,14 +50,20 @@ def parse_generate_config(
 
     Raises BonbonError naming the wrong key or value and what was expected.
     """
-    if isinstance(values, dict):
-        others = RunConfig.model_fields.keys() - GenerateConfig.model_fields.keys()
-        values = {key: value for key, value in values.items() if key not in others}
-        if "model" not in values:
-            raise BonbonError(f"{source}: there is no model; name one with --model")
+    values = without_run_sections(values, GenerateConfig)
+    if isinstance(values, dict) and "model" not in values:
+        raise BonbonError(f"{source}: there is no model; name one with --model")
     config = parse_settings(GenerateConfig, values, overrides, source)
     check_reward(config.strategy, config.reward)
     return config
+
+
+def without_run_sections(values: Any, kind: type[Settings]) -> Any:
+    """Plain values without the sections that only a run has."""
+    if not isinstance(values, dict):
+        return values
+    others = RunConfig.model_fields.keys() - kind.model_fields.keys()
+    return {key: value for key, value in values.items() if key not in others}
 
 
 def check_reward(strategy: Strategy, reward: RewardConfig | None) -> None:

@@ -8,8 +8,8 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from bonbon.config import ModelConfig, RewardConfig, RunConfig, parse_settings
-from bonbon.decoding.settings import check_reward
+from bonbon.config import ModelConfig, RewardConfig, parse_settings
+from bonbon.decoding.settings import check_reward, without_run_sections
 from bonbon.serve.backend import Backend
 from bonbon.serve.config import ServeConfig
 from bonbon.serve.upstream_client import UpstreamConfig
@@ -51,9 +51,7 @@ def parse_serve_settings(
 
     Raises BonbonError naming the wrong key or value and what was expected.
     """
-    if isinstance(values, dict):
-        others = RunConfig.model_fields.keys() - ServeSettings.model_fields.keys()
-        values = {key: value for key, value in values.items() if key not in others}
+    values = without_run_sections(values, ServeSettings)
     settings = parse_settings(ServeSettings, values, overrides, source)
     check_reward(settings.strategy, settings.reward)
     return settings
