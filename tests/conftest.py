@@ -10,6 +10,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for each core already
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
