@@ -34,6 +34,10 @@ from bonbon.serve.command import parse_serve_settings
         (["--reward", "a:b", "--model", "m", "--port", "99999"], "port = 99999"),
         (["--reward", "a.b:c", "--model", "m"], "reward function 'a.b:c' cannot be imported"),
         (["--reward", "a:b", "--upstream", "nothing", "--set", "deadlin=3"], "unknown key deadlin"),
+        (
+            ["--reward", "a:b", "--upstream", "http://u/v1", "--strategy", "tree_bon"],
+            "strategy tree_bon drops or branches",
+        ),
         (["nowhere.yaml"], "cannot read the configuration nowhere.yaml"),
     ],
 )

@@ -612,9 +612,35 @@ def test_what_loads_code_is_the_server_s_to_choose() -> None:
             reply = server.post("/v1/completions", TEXT | {"strategy": strategy})
             error = assert_error(reply, 400, "strategy")
             assert "names code or a model to load" in error["message"]
+        default = {"name": "rbon_wd", "distance": "embedding", "embedding": None}
+        assert server.post("/v1/completions", TEXT | {"strategy": default}).is_success
         for strategy in (None, "self_consistency", own):
             reply = server.post("/v1/completions", TEXT | {"strategy": strategy})
             assert reply.json()["bonbon"]["strategy"] == own
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": [0] * 400_000},
+        {"messages": [{}] * 300_000},
+        {"messages": [{"role": "user", "content": [0] * 400_000}]},
+        {"messages": CHAT["messages"], **{f"field{i}": 0 for i in range(50_000)}},
+        {**CHAT, "strategy": {"name": "best_of_n", **{f"s{i}": 0 for i in range(50_000)}}},
+        {**CHAT, "strategy": {"name": "tree_bon", "layers": 10**400}},
+        {**CHAT, "strategy": {"name": "tree_bon", "branch": 10**400}},
+        {**CHAT, "strategy": {"name": "smc", "checkpoint_tokens": 10**400}},
+    ],
+)
+def test_what_is_wrong_many_times_is_refused_once(server: Running, values: dict[str, Any]) -> None:
+    reply = server.post("/v1/chat/completions", values)
+    assert reply.status_code == 400
+    assert len(reply.content) < 2_000
+
+
+def test_more_prompts_than_can_wait(server: Running) -> None:
+    reply = server.post("/v1/completions", {"prompt": [""] * 300_000})
+    assert "prompts a request" in assert_error(reply, 400, "prompt")["message"]
 
 
 def test_every_setting_that_loads_something_is_known_to_do_so() -> None:

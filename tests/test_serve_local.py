@@ -35,6 +35,7 @@ from bonbon.errors import BonbonError
 from bonbon.groups import Group
 from bonbon.models import load_policy
 from bonbon.prompts import EncodedPrompt
+from bonbon.reward import FunctionReward
 from bonbon.sampling import TransformersSampler
 from bonbon.serve import local
 from bonbon.serve.answers import stream_id
@@ -522,6 +523,34 @@ def test_what_cannot_be_done(tiny: Any, changes: dict[str, Any], status: int, me
     assert error.status == status
     assert message in error.message
     assert "secret detail" not in error.message
+
+
+def shouting(prompts: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
+    raise FileNotFoundError(f"sk-0123456789 {prompts[0]} {completions[0]}")
+
+
+def failing_extractor(text: str) -> str:
+    raise ValueError(f"SECRET {text}")
+
+
+def test_what_a_user_s_code_says_reaches_neither_client_nor_log(
+    tiny: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrapped = FunctionReward("my.code:shouting", shouting)
+    extractor = "test_serve_local:failing_extractor"
+    vote = parse_strategy({"name": "self_consistency", "extractor": extractor})
+    for job, scored_by in (
+        (job_of("PROMPTSECRET"), shouting),
+        (job_of("PROMPTSECRET"), wrapped),
+        (job_of("PROMPTSECRET", strategy=vote), None),
+    ):
+        (error,) = answers_to(tiny, job, scored_by=scored_by)
+        assert error.status == 500
+        assert error.message.endswith(("failed: FileNotFoundError", "failed: ValueError"))
+    assert "FileNotFoundError at" in caplog.text  # who runs the server learns where
+    assert "test_serve_local.py" in caplog.text
+    assert "SECRET" not in caplog.text
+    assert "sk-0123456789" not in caplog.text
 
 
 # --- log-probabilities ----------------------------------------------------------------------------

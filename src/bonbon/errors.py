@@ -12,3 +12,7 @@ class BonbonError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class UserCodeError(BonbonError):
+    """A function of the user's own failed; the message may hold all that the function knows."""

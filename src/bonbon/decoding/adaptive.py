@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+from bonbon.config import LARGEST_N
 from bonbon.decoding.strategy import Candidates, Floats, Generation, Source, Strategy, score
 from bonbon.groups import Group
 from bonbon.prompts import EncodedPrompt
@@ -78,8 +79,10 @@ class AdaptiveN(Strategy):
     independent: ClassVar[bool] = False  # how many there are depends on what they are
 
     price: float = Field(ge=0, description="of a token, in units of the reward")
-    batch: int = Field(4, ge=1, description="draws a prompt in each round after the first")
-    min_n: int = Field(4, ge=2, description="draws of the first round")
+    batch: int = Field(
+        4, ge=1, le=LARGEST_N, description="draws a prompt in each round after the first"
+    )
+    min_n: int = Field(4, ge=2, le=LARGEST_N, description="draws of the first round")
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], source: Source, reward: Reward | None

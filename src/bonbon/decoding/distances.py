@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bonbon.decoding.strategy import Floats, Source
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, UserCodeError
 from bonbon.groups import Group
 from bonbon.importing import import_function, said
 
@@ -78,7 +78,7 @@ def function_distances(name: str, group: Group) -> Floats:
     try:
         apart = np.asarray(function(list(group.completions)), dtype=np.float64)
     except Exception as error:  # the user's code: anything may come out of it
-        raise BonbonError(f"distance function {name!r} failed: {said(error)}") from error
+        raise UserCodeError(f"distance function {name!r} failed: {said(error)}") from error
     return _checked(apart, f"distance function {name!r}", group)
 
 

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from bonbon.decoding.partial import Partial, Score, by_reward, token_log_ratios
 from bonbon.decoding.soft import softmax
-from bonbon.decoding.stepwise import ScoredRows, Stepwise, take
+from bonbon.decoding.stepwise import MOST_TOKENS, ScoredRows, Stepwise, take
 from bonbon.decoding.strategy import Floats, Generation, Source, StepwiseSource, pick
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
@@ -109,7 +109,9 @@ class SMC(Stepwise):
     loads: ClassVar[frozenset[str]] = frozenset({"partial"})
 
     tau: float = Field(1.0, gt=0, description="temperature, in units of the reward")
-    checkpoint_tokens: int = Field(32, ge=1, description="tokens between checkpoints")
+    checkpoint_tokens: int = Field(
+        32, ge=1, le=MOST_TOKENS, description="tokens between checkpoints"
+    )
     ess_threshold: float = Field(
         0.5, ge=0, le=1, description="resample below this effective sample size, as a part of n"
     )

@@ -10,7 +10,14 @@ from pydantic import Field
 
 from bonbon.config import SamplingConfig
 from bonbon.decoding.partial import Score
-from bonbon.decoding.stepwise import ScoredRows, Stepwise, best_first, best_whole, joined
+from bonbon.decoding.stepwise import (
+    MOST_TOKENS,
+    ScoredRows,
+    Stepwise,
+    best_first,
+    best_whole,
+    joined,
+)
 from bonbon.decoding.strategy import Generation, StepwiseSource
 from bonbon.errors import BonbonError
 from bonbon.prompts import EncodedPrompt
@@ -54,10 +61,16 @@ class SpeculativeRejection(Stepwise):
 
     alpha: float = Field(0.5, ge=0, lt=1, description="fraction of live rows that is dropped")
     checkpoint_tokens: int = Field(
-        32, ge=1, description="tokens between checkpoints; with a budget the least number of them"
+        32,
+        ge=1,
+        le=MOST_TOKENS,
+        description="tokens between checkpoints; with a budget the least number of them",
     )
     max_cache_tokens: int | None = Field(
-        None, ge=1, description="key-value cache entries (rows x columns) that may be held"
+        None,
+        ge=1,
+        le=2**40,
+        description="key-value cache entries (rows x columns) that may be held",
     )
 
     def answer(

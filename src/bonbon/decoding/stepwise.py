@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bonbon.reward import Reward
     from bonbon.rows import Rows
 
+MOST_TOKENS = 2**31  # of a setting that counts tokens
 REJECTED = "rejected"  # the finish reason of a completion that was given up before its end
 
 # --- groups ---------------------------------------------------------------------------------------

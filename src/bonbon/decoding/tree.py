@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
+from bonbon.config import LARGEST_N
 from bonbon.decoding.partial import (
     Partial,
     Score,
@@ -45,7 +46,7 @@ def next_layer(scores: Floats, finished: Sequence[bool], branch: int) -> list[in
     on as they are; the others share the remaining places as equally as can be, the better ones
     first. Without unfinished ones among them only the leaves stay.
     """
-    kept = best_first(scores)[: math.ceil(len(scores) / branch)].tolist()
+    kept = best_first(scores)[: -(-len(scores) // branch)].tolist()
     parents = [row for row in kept if not finished[row]]
     copies = dict.fromkeys(kept, 1)
     if parents:
@@ -71,8 +72,8 @@ class TreeBoN(Stepwise):
 
     loads: ClassVar[frozenset[str]] = frozenset({"partial"})
 
-    layers: int = Field(4, ge=1, description="segments of equal length")
-    branch: int = Field(4, ge=1, description="children of each row that is kept")
+    layers: int = Field(4, ge=1, le=64, description="segments of equal length")
+    branch: int = Field(4, ge=1, le=LARGEST_N, description="children of each row that is kept")
     partial: Partial = Field(
         "reward",
         description="what partial completions are scored by: reward, or {implicit: MODEL} for the "
@@ -90,7 +91,7 @@ class TreeBoN(Stepwise):
         self, prompt: EncodedPrompt, source: StepwiseSource, score: Score, reward: Reward
     ) -> Generation:
         """See `Stepwise.answer`."""
-        n, segment = source.config.n, math.ceil(source.config.max_new_tokens / self.layers)
+        n, segment = source.config.n, -(-source.config.max_new_tokens // self.layers)
         rows = ScoredRows(source.start(prompt, n), score)
         rows.draw(segment)
         while rows.unfinished:

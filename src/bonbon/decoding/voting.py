@@ -22,7 +22,7 @@ from pydantic import Field
 
 from bonbon.decoding.soft import above_the_best
 from bonbon.decoding.strategy import Floats, Generation, Source, WholeDraws, one_hot
-from bonbon.errors import BonbonError
+from bonbon.errors import UserCodeError
 from bonbon.groups import Group
 from bonbon.importing import import_function, said
 from bonbon.prompts import EncodedPrompt
@@ -86,7 +86,7 @@ def extract(function: Callable[[str], Any], name: str, group: Group) -> list[str
             answer = function(completion)
             answers.append(None if answer is None else str(answer) or None)
         except Exception as error:  # the user's code: anything may come out of it
-            raise BonbonError(
+            raise UserCodeError(
                 f"extractor {name!r} failed at prompt {group.prompt_id}, completion {k} "
                 f"({completion!r:.60}): {said(error)}"
             ) from error

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,16 +15,22 @@ import numpy as np
 
 from bonbon.decoding.catalogue import strategy_name
 from bonbon.decoding.strategy import Generation
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, UserCodeError
 from bonbon.groups import Prompt
 from bonbon.serve.backend import Answer, BackendError, Choice, Job, TokenLogprob
 
 if TYPE_CHECKING:
     from bonbon.reward import Reward
 
+_log = logging.getLogger(__name__)
+
+_LONGEST_MESSAGE = 1000  # characters
+_TURN_SECONDS = 0.2  # between looks at whether a reward's turn is still wanted
+
 
 def bad_request(message: str, code: str | None = None, param: str | None = None) -> BackendError:
     """The error of a request that would fail again."""
+    message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}…"
     return BackendError(message, 400, "invalid_request_error", code, param)
 
 
@@ -51,6 +59,27 @@ def stream_id(job: Job, server_secret: str) -> str:
     return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
+def user_code_error(what: str, error: Exception) -> BackendError:
+    """The error of code of the server's own: for clients and the log without what it says.
+
+    An exception's text may hold prompts and keys; the log names its kind and where it was raised.
+    """
+    cause = error.__cause__ or error
+    frames = traceback.extract_tb(cause.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    _log.error("%s failed: %s%s", what, type(cause).__name__, place)
+    return BackendError(f"{what} failed: {type(cause).__name__}")
+
+
+def strategy_error(error: Exception) -> BackendError:
+    """The error of a strategy that raised: the request's, or the server's own code's."""
+    if isinstance(error, BackendError):
+        return error
+    if isinstance(error, BonbonError) and not isinstance(error, UserCodeError):
+        return bad_request(str(error))
+    return user_code_error("the strategy", error)
+
+
 @dataclass(frozen=True)
 class GuardedReward:
     """A reward as jobs call it: one call at a time, since users' functions need not be thread-safe.
@@ -65,15 +94,19 @@ class GuardedReward:
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         """See `bonbon.reward.Reward`."""
-        with self.lock:
+        while not self.lock.acquire(timeout=_TURN_SECONDS):
             if self.stopped():
                 raise out_of_time()
-            try:
-                rewards = np.asarray(self.reward(prompts, completions), dtype=np.float64)
-            except BonbonError as error:
-                raise BackendError(str(error)) from error
-            except Exception as error:  # a user's code: anything may come out of it
-                raise BackendError(f"the reward failed: {type(error).__name__}: {error}") from error
+        try:
+            if self.stopped():
+                raise out_of_time()
+            rewards = np.asarray(self.reward(prompts, completions), dtype=np.float64)
+        except BackendError:
+            raise
+        except Exception as error:  # a user's code: anything may come out of it
+            raise user_code_error("the reward", error) from error
+        finally:
+            self.lock.release()
         if rewards.shape != (len(completions),):
             raise BackendError(
                 f"the reward returned shape {rewards.shape} for {len(completions)} completions; it "

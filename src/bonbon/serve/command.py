@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from bonbon.config import ModelConfig, RewardConfig, parse_settings
+from bonbon.decoding.catalogue import strategy_name
 from bonbon.decoding.settings import check_reward, without_run_sections
 from bonbon.serve.backend import Backend
 from bonbon.serve.config import ServeConfig
@@ -40,6 +41,12 @@ class ServeSettings(ServeConfig):
             raise ValueError(
                 "a server stands in front of exactly one of a `model` and an `upstream`; name it "
                 "with --model or --upstream"
+            )
+        if self.upstream is not None and self.strategy.stepwise:
+            raise ValueError(
+                f"strategy {strategy_name(self.strategy)} drops or branches completions while they "
+                "are drawn, which an upstream cannot do; take a --model, or a strategy such as "
+                "best_of_n"
             )
         return self
 

@@ -31,6 +31,9 @@ def jobs_of(
     Raises BackendError for more than the configuration allows, and for an unknown strategy.
     """
     prompts = prompts_of(request)
+    most = config.concurrency + config.queue
+    if len(prompts) > most:
+        raise bad_request(f"at most {most} prompts a request; send them in several", param="prompt")
     sampling, strategy = sampling_of(request, config), _strategy(request, config)
     names = (
         [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
@@ -112,7 +115,8 @@ def _strategy(request: GenerationRequest, config: ServeConfig) -> Strategy:
     except ValueError as error:
         raise bad_request(str(error), "invalid_value", "strategy") from error
     for name in sorted(asked.loads & named.keys()):
-        if named[name] != own.get(name):
+        known = (own.get(name), type(asked).model_fields[name].default)
+        if named[name] not in known:
             raise bad_request(
                 f"{name!r} names code or a model to load, which requests may not; start the server "
                 "with it",

@@ -18,9 +18,8 @@ from functools import partial
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.decoding.catalogue import strategy_name
 from bonbon.decoding.source import LocalSource
-from bonbon.decoding.strategy import Generation, Strategy
+from bonbon.decoding.strategy import Generation
 from bonbon.errors import BonbonError
 from bonbon.models import context_length
 from bonbon.prompts import EncodedPrompt, PromptRow
@@ -32,6 +31,7 @@ from bonbon.serve.answers import (
     bad_request,
     check_reward,
     out_of_time,
+    strategy_error,
     stream_id,
 )
 from bonbon.serve.backend import Answer, BackendError, Job
@@ -156,7 +156,9 @@ class LocalBackend:
         try:
             (prompt,) = encode_prompts([row], self.tokenizer, max_tokens=None)
         except BonbonError as error:
-            raise bad_request(str(error).replace(row.prompt_id, "of the request")) from error
+            message = str(error).replace(row.prompt_id, "of the request")
+            message = message.replace(self.tokenizer.name_or_path or self.name, self.name)
+            raise bad_request(message) from error
         except Exception as error:
             _log.exception("a prompt could not be encoded")
             raise BackendError(f"the prompt cannot be encoded: {type(error).__name__}") from error
@@ -178,9 +180,10 @@ class LocalBackend:
                 waiting.asked.settle(_stopping() if self._closing else out_of_time())
         except Exception as error:  # a strategy, a reward, the model: anything may come out of them
             if len(batch) == 1:
-                batch[0].asked.settle(_error_of(error, batch[0].asked.job.strategy))
+                batch[0].asked.settle(strategy_error(error))
             else:
-                _log.warning("a batch of %d jobs failed (%s); each alone now", len(batch), error)
+                kind = type(error).__name__
+                _log.warning("a batch of %d jobs failed (%s); each alone now", len(batch), kind)
                 for waiting in batch:
                     self._run([waiting])
         else:
@@ -192,15 +195,18 @@ class LocalBackend:
         settings = {"seed": 0, "max_batch_tokens": self.max_batch_tokens}
         sampling = job.sampling.model_copy(update=settings)
 
+        def unwanted() -> bool:
+            return self._closing or not any(waiting.asked.alive() for waiting in batch)
+
         def go_on(_: int = 0) -> None:
-            if self._closing or not any(waiting.asked.alive() for waiting in batch):
+            if unwanted():
                 raise _StoppedError
 
         go_on()
         source = LocalSource(self.model, self.tokenizer, sampling, job.stop, go_on)
         reward = None
         if job.strategy.needs_reward and self.reward is not None:
-            reward = GuardedReward(self.reward, self._scoring, lambda: self._closing)
+            reward = GuardedReward(self.reward, self._scoring, unwanted)
         return job.strategy.generate([waiting.prompt for waiting in batch], source, reward)
 
     def _answer(self, waiting: Waiting, generation: Generation) -> Answer | BackendError:
@@ -213,16 +219,7 @@ class LocalBackend:
         try:
             return answer_of(job, generation, len(group.prompt_token_ids), logprobs)
         except Exception as error:
-            return _error_of(error, job.strategy)
-
-
-def _error_of(error: Exception, strategy: Strategy) -> BackendError:
-    if isinstance(error, BackendError):
-        return error
-    if isinstance(error, BonbonError):
-        return bad_request(str(error))
-    _log.error("the strategy %s failed", strategy_name(strategy), exc_info=error)
-    return BackendError(f"the strategy failed: {type(error).__name__}")
+            return strategy_error(error)
 
 
 def _stopping() -> BackendError:

@@ -12,7 +12,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bonbon.serve.answers import bad_request
 from bonbon.serve.errors import invalid_fields
@@ -47,6 +54,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     }
 )
 
+_MOST_FIELDS = 100  # each unknown one would be named in the error
 _LARGEST_TOP_K = 2**31 - 1
 _GREEDY = "below 0.00001: the most likely token, and as many candidates as choices"
 
@@ -66,7 +74,7 @@ class Message(_Fields):
     """A message of a chat. A tool's calls cannot be given to the model."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: str | None = None
     tool_call_id: str | None = None
     # Clients send an assistant's message back with these.
@@ -156,7 +164,7 @@ class GenerationRequest(_Fields):
 class ChatRequest(GenerationRequest):
     """A request for the next message of a chat."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="another name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="needs logprobs")
@@ -174,7 +182,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """A request for the continuation of one or more texts."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)]
+    prompt: str | Annotated[list[str], Field(min_length=1, fail_fast=True)]
     logprobs: int | None = Field(
         None, ge=0, le=5, description="likely tokens to list beside each; 0: the token alone"
     )
@@ -199,6 +207,9 @@ def parse_request(
     """
     if not isinstance(values, dict):
         raise bad_request("the body is no JSON object", "invalid_value")
+    strategy = values.get("strategy")
+    if len(values) > _MOST_FIELDS or (isinstance(strategy, dict) and len(strategy) > _MOST_FIELDS):
+        raise bad_request(f"more than {_MOST_FIELDS} fields", "invalid_value")
     passed = passthrough - kind.model_fields.keys()
     extra = {name: value for name, value in values.items() if name in passed and value is not None}
     _check_finite(extra)
