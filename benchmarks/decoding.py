@@ -238,9 +238,11 @@ class Curve:
         return cls(np.arange(1, half + 1) * found["tokens"], rewards, wins)
 
     def tokens_for(self, reward: float) -> float:
-        """The tokens that best-of-k needs for a mean reward; NaN beyond the curve."""
-        if not self.reward[0] <= reward <= self.reward[-1]:
+        """The tokens that best-of-k needs for a mean reward; NaN below the curve, inf beyond."""
+        if reward < self.reward[0]:
             return math.nan
+        if reward > self.reward[-1]:
+            return math.inf
         return float(np.exp(np.interp(reward, self.reward, np.log(self.tokens))))
 
 
@@ -278,6 +280,8 @@ def _table(name: str, curve: Curve, rows: Sequence[dict[str, Any]]) -> None:
         cost, (reward, error), (win, _) = row["cost"], row["reward"], row["win_rate"]
         ratio = curve.tokens_for(reward) / cost["generated"]
         shown = "–" if math.isnan(ratio) else f"{ratio:.2f}"
+        if math.isinf(ratio):
+            shown = f"> {curve.tokens[-1] / cost['generated']:.1f}"
         print(
             f"| {row['label']} | {row['n']} | {reward:.3f} ± {error:.3f} | {win:.3f} | "
             f"{cost['generated']:,.0f} | {shown} | {cost['reward_calls']:,.0f} | "

@@ -68,9 +68,12 @@ class StubUpstream:
         self.fault, self.delay, self.key, self.reply = fault, delay, key, reply
         self.owned_by, self.models, self.retry_after = owned_by, models, retry_after
         self.tokens: dict[str, int] = {}  # of each completion that was sent whole
+        self.lost = 0  # tokens of replies that named them and held no completion
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.models_fault = ""  # a status of /models, or "slow"
+        self.cookie = ""
         self.faults: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
         self.models_asked = 0
@@ -129,6 +132,8 @@ class StubUpstream:
             return await self._send(writer, 401, {"error": {"message": said}})
         if method == "GET" and path == "/v1/models":
             self.models_asked += 1
+            if self.models_fault:
+                return await self._fail(reader, writer, self.models_fault, {})
             listed = [{"id": name, "owned_by": self.owned_by} for name in self.models]
             return await self._send(writer, 200, {"object": "list", "data": listed})
         if path not in ("/v1/completions", "/v1/chat/completions"):
@@ -176,6 +181,8 @@ class StubUpstream:
     ) -> bool:
         content = found if isinstance(found, bytes) else json.dumps(found).encode()
         names = {"Content-Length": str(len(content)), **more}
+        if self.cookie:
+            names["Set-Cookie"] = self.cookie
         head = "".join(f"{name}: {value}\r\n" for name, value in names.items())
         writer.write(f"HTTP/1.1 {status} Status\r\n{head}\r\n".encode())
         writer.write(content[: len(content) - cut])
@@ -197,6 +204,7 @@ class StubUpstream:
         if name == "error body":
             return await self._send(writer, 200, {"error": {"message": "out of memory"}})
         if name == "no choices":
+            self.lost += found["usage"]["completion_tokens"]
             return await self._send(writer, 200, {**found, "choices": []})
         if name == "reset after headers":
             await self._send(writer, 200, content, cut=len(content) // 2)

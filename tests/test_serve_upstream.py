@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -20,10 +21,10 @@ import bonbon.reward  # noqa: F401 (loads torch now, and not within the first jo
 from bonbon.config import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
 from bonbon.decoding.catalogue import STRATEGIES, parse_strategy
-from bonbon.decoding.strategy import Floats, Source, Strategy, WholeDraws, one_hot
+from bonbon.decoding.strategy import Cost, Floats, Source, Strategy, WholeDraws, one_hot
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
-from bonbon.serve import upstream_client
+from bonbon.serve import upstream, upstream_client
 from bonbon.serve.backend import Answer, BackendError, Job, TokenLogprob
 from bonbon.serve.upstream import UpstreamBackend
 from bonbon.serve.upstream_client import UpstreamConfig
@@ -34,6 +35,7 @@ from bonbon.serve.upstream_protocol import (
     read_offer,
     read_reply,
     request_body,
+    spent_on,
 )
 from stub_upstream import FAULTS, StubUpstream, some_faults
 
@@ -215,6 +217,7 @@ def test_what_a_request_holds() -> None:
         ("vllm", {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}),
         ("sglang", {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}),
         ("llamacpp", {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}),
+        ("bonbon", {"top_k": 0, "best_of": 1}),
     ],
 )
 def test_what_a_server_would_add_by_itself_is_turned_off(owner: str, off: dict[str, Any]) -> None:
@@ -266,6 +269,63 @@ def test_what_was_cached_was_not_read() -> None:
     assert answer.cost.prefilled == 3 * (answer.prompt_tokens - 5)
 
 
+def test_more_cached_than_there_is_is_all_of_it() -> None:
+    def cached(found: dict[str, Any]) -> dict[str, Any]:
+        found["usage"]["prompt_tokens_details"] = {"cached_tokens": 10**6}
+        return found
+
+    assert answer_to(job_of(n=3), StubUpstream(reply=cached)).cost.prefilled == 0
+
+
+@pytest.mark.parametrize("name", ["completion_tokens", "prompt_tokens"])
+@pytest.mark.parametrize("count", [10**9, -1, 2.5, "7", True, None])
+def test_an_implausible_usage_is_a_fault_of_the_reply(name: str, count: Any) -> None:
+    def reply(found: dict[str, Any]) -> dict[str, Any]:
+        found["usage"][name] = count
+        return found
+
+    stub = StubUpstream(reply=reply)
+    error = error_to(job_of(n=2), stub)
+    assert (error.status, len(stub.bodies)) == (502, 2)  # not tried again
+    assert "how many tokens" in error.message
+    assert spent_on(reply({"usage": {"completion_tokens": 3, "prompt_tokens": 4}})) == Cost()
+
+
+def test_what_useless_replies_cost_counts() -> None:
+    """Those that are tried again, and those that are not."""
+    kinds = ["content_filter", "no choices", "abort", "", ""]  # then the further tries
+    known: list[dict[str, int]] = []
+
+    def reply(found: dict[str, Any]) -> dict[str, Any]:
+        known.append(found["usage"])
+        kind = kinds[len(known) - 1] if len(known) <= len(kinds) else ""
+        if kind == "no choices":
+            found["choices"] = []
+        elif kind:
+            found["choices"][0]["finish_reason"] = kind
+        return found
+
+    answer = answer_to(job_of(n=4), StubUpstream(reply=reply))
+    assert (answer.failed, answer.generation.group.n, len(known)) == (1, 3, 6)
+    assert answer.cost.generated == sum(usage["completion_tokens"] for usage in known)
+    assert answer.cost.prefilled == sum(usage["prompt_tokens"] for usage in known)
+    assert answer.cost.generated > sum(answer.generation.group.lengths())
+
+
+def test_replies_without_their_log_probabilities_cost_too() -> None:
+    known: list[int] = []
+
+    def reply(found: dict[str, Any]) -> dict[str, Any]:
+        known.append(found["usage"]["completion_tokens"])
+        if len(known) == 2:
+            found["choices"][0]["logprobs"] = None
+        return found
+
+    answer = answer_to(job_of(n=3, logprobs=1), StubUpstream(reply=reply))
+    assert (answer.failed, len(known)) == (1, 3)
+    assert answer.cost.generated == sum(known)
+
+
 # --- servers that fail ----------------------------------------------------------------------------
 
 
@@ -285,8 +345,9 @@ def test_two_hundred_jobs_while_a_fifth_of_the_requests_fails() -> None:
     for answer in answers:
         group = answer.generation.group
         assert group.n + answer.failed == 2
-        assert answer.cost.generated == sum(stub.tokens[text] for text in group.completions)
+        assert answer.cost.generated >= sum(stub.tokens[text] for text in group.completions)
         assert answer.choices[0].reward == score(group.completions).max()
+    assert sum(answer.cost.generated for answer in answers) <= sum(stub.tokens.values()) + stub.lost
     arrived = sum(answer.generation.group.n for answer in answers)
     assert len(stub.tokens) >= arrived > 0.75 * 400
 
@@ -373,20 +434,42 @@ def test_other_refusals_are_the_upstreams(status: int) -> None:
     assert f"status {status}" in error.message
 
 
-def test_one_refusal_ends_the_other_candidates() -> None:
-    first = candidate_seed(0, 0)
-    stub = StubUpstream(
-        fault=lambda request, _: "400" if f'"seed": {first},' in request else "slow"
-    )
+@pytest.mark.parametrize("status", ["400", "404", "405"])
+def test_a_refusal_of_one_candidate_does_not_sink_the_others(status: str) -> None:
+    first = f'"seed": {candidate_seed(0, 0)},'
+    stub = StubUpstream(fault=lambda request, _: status if first in request else "", delay=0.05)
+    answer = answer_to(job_of(n=4, seeded=True), stub)  # it comes before the replies
+    assert (answer.failed, answer.generation.group.n) == (1, 3)
+    assert stub.faults == {status: 1, "": 3}
+
+
+def test_a_refusal_tells_more_than_other_faults() -> None:
+    first = f'"seed": {candidate_seed(0, 0)},'
+    stub = StubUpstream(fault=lambda request, _: "400" if first in request else "500")
+    error = error_to(job_of(n=3, seeded=True), stub, retries=1)
+    assert (error.status, error.message) == (400, "no, status 400")
+    assert stub.faults == {"400": 1, "500": 4}
+
+
+def test_a_refusal_after_the_first_draw_loses_nothing() -> None:
+    asked = iter(range(1000))
+    stub = StubUpstream(fault=lambda *_: "" if next(asked) < 3 else "404")
+    strategy = parse_strategy({"name": "adaptive_n", "price": 1e-9, "min_n": 3, "batch": 2})
+    answer = answer_to(job_of(n=7, strategy=strategy), stub)
+    assert (answer.generation.group.n, answer.failed) == (3, 4)
+
+
+def test_cookies_are_not_kept() -> None:
+    stub = StubUpstream()
+    stub.cookie = "session=someone; Path=/"
 
     async def test(stub: StubUpstream, backend: UpstreamBackend) -> None:
-        with pytest.raises(BackendError, match="status 400"):
-            await backend.answer(job_of(n=3, seeded=True))
-        while stub.busy:
-            await asyncio.sleep(0.005)
+        for _ in range(2):
+            await backend.answer(job_of(n=2))
 
-    asking(stub, timeout=60)(test)  # would take the job's 20 seconds
-    assert sum(stub.faults.values()) <= 3
+    asking(stub)(test)
+    assert len(stub.headers) == 5
+    assert not any("cookie" in headers for headers in stub.headers)
 
 
 # --- keys and addresses ---------------------------------------------------------------------------
@@ -505,6 +588,53 @@ def test_an_upstream_without_a_list_of_models_needs_a_name() -> None:
     run(test())
 
 
+@pytest.mark.parametrize("fault", ["500", "302", "401", "404", "slow"])
+def test_jobs_go_on_while_models_are_not_named(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "_OFFER_AGE", 0.0)
+    monkeypatch.setattr(upstream, "_HEALTH_AGE", 0.0)
+    monkeypatch.setattr(upstream, "_PATIENCE", 0.2)
+
+    async def test(stub: StubUpstream, backend: UpstreamBackend) -> None:
+        await backend.answer(job_of(n=1))
+        asked = stub.models_asked
+        stub.models_fault = fault
+        assert await backend.models() == ("stub",)
+        await backend.answer(job_of(n=1))
+        assert stub.models_asked > asked
+        assert stub.bodies[-1]["min_p"] == 0  # what is known of the server still holds
+        assert not await backend.healthy()
+
+    asking(StubUpstream(owned_by="vllm"))(test)
+
+
+@pytest.mark.parametrize("fault", ["500", "302", "401", "405", "slow"])
+def test_a_model_that_is_set_needs_no_list(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "_PATIENCE", 0.2)
+
+    async def test(stub: StubUpstream, backend: UpstreamBackend) -> None:
+        stub.models_fault = fault
+        await backend.answer(job_of(n=1))
+        assert not await backend.healthy()
+        stub.models_fault = ""
+        if fault != "slow":  # what the server is gets known as soon as it says so
+            await backend.answer(job_of(n=1))
+            assert stub.bodies[-1]["min_p"] == 0
+
+    asking(StubUpstream(owned_by="vllm"), model="stub")(test)
+
+
+def test_models_that_do_not_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream_client, "_GET_SECONDS", 0.2)
+
+    async def test(stub: StubUpstream, backend: UpstreamBackend) -> None:
+        stub.models_fault = "slow"
+        with pytest.raises(BackendError, match="does not name its models") as error:
+            await backend.models()
+        assert error.value.status == 502
+
+    asking(timeout=1000)(test)  # would hang
+
+
 # --- stopping -------------------------------------------------------------------------------------
 
 
@@ -526,18 +656,66 @@ def test_cancelling_a_job_ends_its_requests_and_its_thread() -> None:
         assert (await backend.answer(job_of("short"))).failed == 0
         assert set(stub.paths) == {"/v1/completions"}
         assert sum("endless" in json.dumps(body) for body in stub.bodies) == 2
-        await _threads_are_idle(backend)
+        await _threads_have_ended()
 
     asking(stub, timeout=1000, concurrency=2)(test)
 
 
-async def _threads_are_idle(backend: UpstreamBackend) -> None:
-    """Every thread takes a task again, so none still runs a strategy."""
-    count = backend.config.concurrency
-    barrier = threading.Barrier(count + 1)
-    for _ in range(count):
-        backend._threads.submit(barrier.wait)
-    await asyncio.to_thread(barrier.wait, 10)
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "bonbon-strategy"]
+
+
+async def _threads_have_ended() -> None:
+    while _threads():
+        await asyncio.sleep(0.005)
+
+
+def test_a_reward_that_hangs_holds_up_neither_other_jobs_nor_the_end() -> None:
+    go_on = threading.Event()
+
+    def hanging_reward(prompts: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
+        go_on.wait()
+        return score(completions)
+
+    async def test(stub: StubUpstream, backend: UpstreamBackend) -> None:
+        for _ in range(2):
+            with pytest.raises(BackendError) as error:
+                await backend.answer(job_of(n=1, seconds=0.3))
+            assert error.value.status == 504
+        await backend.answer(job_of(n=1, strategy=FirstDrawn()))
+        threads = _threads()
+        assert threads
+        assert all(thread.daemon for thread in threads)  # so the process may end
+        go_on.set()
+        await _threads_have_ended()
+
+    try:
+        asking(scored_by=hanging_reward, concurrency=1)(test)
+    finally:
+        go_on.set()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_reward_that_ends_after_the_loop_disturbs_nobody() -> None:
+    go_on = threading.Event()
+
+    def late_reward(prompts: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
+        go_on.wait()
+        return score(completions)
+
+    async def test(stub: StubUpstream, backend: UpstreamBackend) -> None:
+        with pytest.raises(BackendError):
+            await backend.answer(job_of(n=1, seconds=0.3))
+
+    try:
+        asking(scored_by=late_reward)(test)
+    finally:
+        threads = _threads()
+        go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert threads
+    assert not _threads()
 
 
 def test_a_passed_deadline_ends_the_requests() -> None:
@@ -547,7 +725,7 @@ def test_a_passed_deadline_ends_the_requests() -> None:
         while stub.busy:
             await asyncio.sleep(0.005)
         assert stub.abandoned == 4
-        await _threads_are_idle(backend)
+        await _threads_have_ended()
 
     asking(StubUpstream(fault=lambda *_: "slow"), timeout=60, concurrency=4)(test)
 
@@ -607,7 +785,7 @@ def test_a_reward_is_not_called_for_nobody() -> None:
         await asyncio.sleep(0)
         go_on.set()
         assert (await first).cost.reward_calls == 1
-        await _threads_are_idle(backend)
+        await _threads_have_ended()
         assert calls == [1]
 
     asking(scored_by=waiting_reward, concurrency=4)(test)
@@ -624,7 +802,7 @@ def raising(error: Exception) -> Any:
     ("scored_by", "message"),
     [
         (raising(KeyError("x")), "the reward failed: KeyError"),
-        (raising(BonbonError("reward function 'a:b' failed")), "reward function 'a:b' failed"),
+        (raising(BonbonError("secret detail")), "the reward failed: BonbonError"),
         (lambda p, c: np.full(len(c), math.nan), "NaN or an infinity"),
         (lambda p, c: np.full(len(c), math.inf), "NaN or an infinity"),
         (lambda p, c: 1.0, r"shape \(\) for 4 completions"),
@@ -643,6 +821,7 @@ def test_a_reward_that_fails_is_the_servers_fault(scored_by: Any, message: str) 
         (Branching(), reward, 400, "Branching drops or branches"),
         (BestOfN(), None, 400, "best_of_n needs a reward and this server has none"),
         (Broken(), reward, 500, "the strategy failed: IndexError"),
+        (BestOfN(), lambda *_: sys.exit(1), 500, "the strategy failed: SystemExit"),
     ],
 )
 def test_what_cannot_be_done(strategy: Strategy, scored_by: Any, status: int, message: str) -> None:
@@ -694,8 +873,10 @@ def test_a_later_round_that_brings_nothing_does_not_lose_the_first() -> None:
 
 @pytest.mark.parametrize("name", ["rbon_wd", "srbon_wd"])
 def test_embeddings_take_a_setting(name: str) -> None:
-    error = error_to(job_of(strategy=parse_strategy(name)))
+    stub = StubUpstream()
+    error = error_to(job_of(strategy=parse_strategy(name)), stub)
     assert error.status == 400
+    assert not stub.bodies  # nothing was drawn, and nothing paid
     assert "`distance` or `embedding`" in error.message
 
 
@@ -738,6 +919,47 @@ def test_log_probabilities_of_another_distribution_choose_nothing(sampling: Any)
     assert "upstream.processed_logprobs" in error.message
     assert answer_to(job_of(strategy=MostLikely(), sampling=sampling), processed_logprobs=True)
     assert answer_to(job_of(logprobs=1, sampling=sampling)).choices[0].logprobs
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": -1},
+        {"logit_bias": {"5": -100}},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"choice": ["a", "b"]}},
+    ],
+)
+def test_fields_that_change_the_distribution_choose_nothing(extra: dict[str, Any]) -> None:
+    stub = StubUpstream()
+    error = error_to(job_of(strategy=MostLikely(), extra=extra), stub)
+    assert error.status == 400
+    assert f"leave out {next(iter(extra))}, or" in error.message
+    assert not stub.bodies
+    assert answer_to(job_of(strategy=MostLikely(), extra=extra), processed_logprobs=True)
+    assert answer_to(job_of(extra=extra))  # which chooses by its reward alone
+
+
+def test_fields_that_change_nothing_are_taken() -> None:
+    extra = {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "response_format": {"type": "text"},
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    assert answer_to(job_of(strategy=MostLikely(), extra=extra))
+
+
+def test_the_most_likely_completion_leaves_nothing_to_choose() -> None:
+    for extra in ({}, {"frequency_penalty": 1}):
+        job = job_of(n=1, strategy=MostLikely(), sampling={"top_k": 1}, extra=extra)
+        assert answer_to(job).choices
 
 
 def without(*path: str) -> Callable[[Any], Any]:
@@ -799,6 +1021,50 @@ def test_thoughts_are_neither_scored_nor_returned() -> None:
     assert answer.cost.generated == sum(stub.tokens.values())  # they cost all the same
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400])
+def test_log_probabilities_that_are_none(value: float) -> None:
+    """One bad value makes one reply useless."""
+    replies = iter(range(1000))
+
+    def reply(found: dict[str, Any]) -> dict[str, Any]:
+        if next(replies) == 1:
+            found["choices"][0]["logprobs"]["token_logprobs"][1] = value
+        return found
+
+    answer = answer_to(job_of(n=3, choices=2, logprobs=1), StubUpstream(reply=reply))
+    assert (answer.failed, answer.generation.group.n) == (1, 2)
+    assert all(math.isfinite(logprob) for logprob in answer.generation.group.logprobs)
+
+
+def test_alternatives_that_cannot_be_are_left_out() -> None:
+    found = {"tokens": ["a"], "token_logprobs": [-1.0], "top_logprobs": [{"a": -1.0}]}
+    expected = read_logprobs(found, 3)
+    found["top_logprobs"] = [{"b": -math.inf, "a": -1.0, "c": -math.inf}]
+    assert read_logprobs(found, 3) == expected
+    for value in (math.nan, math.inf):
+        found["top_logprobs"] = [{"b": value, "a": -1.0}]
+        with pytest.raises(FaultError):
+            read_logprobs(found, 1)
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", MESSAGES])
+def test_a_lone_surrogate_is_replaced(prompt: Any) -> None:
+    def reply(found: dict[str, Any]) -> dict[str, Any]:
+        choice = found["choices"][0]
+        if "message" in choice:
+            choice["message"]["content"] += " \ud83d \U0001f600"
+            choice["logprobs"]["content"][0]["token"] = "\ud83d"
+        else:
+            choice["text"] += " \ud83d \U0001f600"
+            choice["logprobs"]["tokens"][0] = "\ud83d"
+        return found
+
+    (choice,) = answer_to(job_of(prompt, n=2, logprobs=1), StubUpstream(reply=reply)).choices
+    assert choice.text.endswith(" ? \U0001f600")
+    assert choice.logprobs is not None
+    assert choice.logprobs[0].token == "?"
+
+
 # --- reading replies ------------------------------------------------------------------------------
 
 NUMBERS = st.none() | st.booleans() | st.integers(-2, 3) | st.floats(allow_nan=False)
@@ -808,7 +1074,7 @@ KEYS = st.sampled_from(
      "top_logprobs", "token", "logprob", "data", "id", "owned_by"]
 )  # fmt: skip
 JSON = st.recursive(
-    NUMBERS | st.sampled_from(["", "stop", "text", "vllm"]),
+    NUMBERS | st.sampled_from(["", "stop", "text", "vllm", 10**400]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=5),
     max_leaves=20,
 )

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from itertools import count
 from typing import Any, TypeVar
 
@@ -75,6 +76,7 @@ class UpstreamClient:
             timeout=config.timeout,
             limits=limits,
             trust_env=not self.endpoint.local,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # clients share none
         )
 
     async def close(self) -> None:
@@ -91,7 +93,11 @@ class UpstreamClient:
             return await self._send("GET", path, None)
 
         cutoff = time.monotonic() + _GET_SECONDS
-        return await self._until_read(send, read, _GET_RETRIES, cutoff)
+        try:
+            async with asyncio.timeout(_GET_SECONDS):
+                return await self._until_read(send, read, _GET_RETRIES, cutoff)
+        except TimeoutError as error:
+            raise FaultError(f"it took longer than {_GET_SECONDS:g} seconds", slow=True) from error
 
     async def post(
         self, path: str, body: dict[str, Any], read: Callable[[Any], T], cutoff: float

@@ -26,9 +26,23 @@ _OFF: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "vllm": {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
         "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
         "llamacpp": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
+        "bonbon": {"top_k": 0, "best_of": 1},  # which would choose by its own reward as well
+    }
+)
+# Further fields of a job that change its distribution, each with the value that does not.
+_RESHAPING: Mapping[str, Any] = MappingProxyType(
+    {
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "min_p": 0,
+        "presence_penalty": 0,
+        "repetition_penalty": 1,
+        "response_format": {"type": "text"},
+        "structured_outputs": {},
     }
 )
 _SEEDS = 2**31  # every server takes these
+_MOST_TOKENS = 2**24  # of a prompt or a completion; beyond the longest context there is
 
 
 class FaultError(Exception):
@@ -73,6 +87,13 @@ def path_of(job: Job) -> str:
 def wants_logprobs(job: Job) -> bool:
     """Whether a job's candidates have to come with their log-probabilities."""
     return job.logprobs is not None or job.strategy.needs_logprobs
+
+
+def reshaping(extra: Mapping[str, Any]) -> list[str]:
+    """Those of a job's further fields under which tokens have other probabilities."""
+    return sorted(
+        name for name, value in extra.items() if name in _RESHAPING and value != _RESHAPING[name]
+    )
 
 
 def request_body(job: Job, model: str, off: Mapping[str, Any], k: int) -> dict[str, Any]:
@@ -134,12 +155,13 @@ def read_reply(found: Any, job: Job) -> Reply:
     """The candidate in a reply.
 
     The text is the message's content alone: a reasoning model's thoughts are neither scored nor
-    returned, though their tokens count; where it did not get beyond them the text is empty.
+    returned, though their tokens count; where it did not get beyond them the text is empty. A lone
+    surrogate, which no encoding can hold, becomes a question mark.
 
-    Raises FaultError for a reply that is no use: without `usage`, as what it cost would be a guess;
-    without the log-probabilities that were asked for; or one that ended in another way than at its
-    end or its limit. Raises LookupError, TypeError, ValueError or AttributeError for what is no
-    reply at all.
+    Raises FaultError for a reply that is no use: without a plausible `usage`, as what it cost would
+    be a guess; without the log-probabilities that were asked for; or one that ended in another way
+    than at its end or its limit. Raises LookupError, TypeError, ValueError or AttributeError for
+    what is no reply at all.
     """
     choice = found["choices"][0]
     if isinstance(job.prompt, str):
@@ -149,13 +171,24 @@ def read_reply(found: Any, job: Job) -> Reply:
     else:
         text = message_text(choice["message"].get("content"))
     reason = _finish_reason(choice.get("finish_reason"))
-    tokens, prompt_tokens, prefilled = _usage(found.get("usage"))
+    usage = _usage(found)
+    if usage is None:
+        raise FaultError("its replies do not say how many tokens they took (`usage`)", lasting=True)
     logprobs = None
     if wants_logprobs(job):
         logprobs = read_logprobs(choice.get("logprobs"), job.logprobs or 0)
         if logprobs is None:
             raise FaultError("its replies have no log-probabilities", lasting=True)
-    return Reply(text, reason, tokens, prompt_tokens, prefilled, logprobs)
+    return Reply(_encodable(text), reason, *usage, logprobs)
+
+
+def spent_on(found: Any) -> Cost:
+    """What a reply cost that is no use, as far as it says so."""
+    usage = _usage(found)
+    if usage is None:
+        return Cost()
+    tokens, _, prefilled = usage
+    return Cost(generated=tokens, prefilled=prefilled)
 
 
 def _finish_reason(found: Any) -> str:
@@ -167,32 +200,44 @@ def _finish_reason(found: Any) -> str:
     raise FaultError(f"a candidate ended with finish_reason {found!r:.40}", lasting=lasting)
 
 
-def _usage(found: Any) -> tuple[int, int, int]:
-    """Tokens of the completion, of the prompt, and of the prompt less what was cached."""
-    usage = found if isinstance(found, dict) else {}
-    tokens, prompt_tokens = usage.get("completion_tokens"), usage.get("prompt_tokens")
+def _usage(found: Any) -> tuple[int, int, int] | None:
+    """Tokens of the completion, of the prompt, and of the prompt less what was cached.
+
+    None where a reply does not say, or nothing that can be.
+    """
+    usage = _field(found, "usage")
+    tokens, prompt_tokens = _field(usage, "completion_tokens"), _field(usage, "prompt_tokens")
     if not _is_count(tokens) or not _is_count(prompt_tokens):
-        raise FaultError("its replies do not say how many tokens they took (`usage`)", lasting=True)
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    return tokens, prompt_tokens, prompt_tokens - (cached if _is_count(cached) else 0)
+        return None
+    cached = _field(_field(usage, "prompt_tokens_details"), "cached_tokens")
+    return tokens, prompt_tokens, max(0, prompt_tokens - (cached if _is_count(cached) else 0))
+
+
+def _field(found: Any, name: str) -> Any:
+    return found.get(name) if isinstance(found, dict) else None
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
+
+
+def _encodable(text: Any) -> str:
+    return str(text).encode(errors="replace").decode()
 
 
 def read_logprobs(found: Any, top: int) -> tuple[TokenLogprob, ...] | None:
     """Each token with its `top` most likely ones, from either API's form; None where there is none.
 
-    llama.cpp answers /completions in the chat form too.
+    llama.cpp answers /completions in the chat form too. Alternatives of probability 0 are left out.
+    Raises FaultError for a value that is no ln p, and for a drawn token of probability 0.
     """
     if not isinstance(found, dict):
         return None
     if isinstance(found.get("content"), list):
         return tuple(
             TokenLogprob(
-                str(item["token"]),
-                float(item["logprob"]),
+                _encodable(item["token"]),
+                _drawn(item["logprob"]),
                 _best([(t["token"], t["logprob"]) for t in item.get("top_logprobs") or []], top),
             )
             for item in found["content"]
@@ -201,7 +246,7 @@ def read_logprobs(found: Any, top: int) -> tuple[TokenLogprob, ...] | None:
         return None
     tops = found.get("top_logprobs") or [None] * len(found["tokens"])
     return tuple(
-        TokenLogprob(str(token), float(logprob), _best(list((others or {}).items()), top))
+        TokenLogprob(_encodable(token), _drawn(logprob), _best(list((others or {}).items()), top))
         for token, logprob, others in zip(
             found["tokens"], found["token_logprobs"], tops, strict=True
         )
@@ -209,12 +254,33 @@ def read_logprobs(found: Any, top: int) -> tuple[TokenLogprob, ...] | None:
 
 
 def _best(pairs: Sequence[tuple[Any, Any]], top: int) -> tuple[tuple[str, float], ...]:
-    ranked = sorted(pairs, key=lambda pair: -float(pair[1]))
-    return tuple((str(token), float(logprob)) for token, logprob in ranked[:top])
+    found = [(_encodable(token), _logprob(value)) for token, value in pairs]
+    possible = [pair for pair in found if pair[1] > -math.inf]
+    return tuple(sorted(possible, key=lambda pair: -pair[1])[:top])
 
 
-def candidates_of(prompt: EncodedPrompt, replies: Sequence[Reply], seconds: float) -> Candidates:
-    """Replies to one prompt as a group; of tokens only their number is known, so each is −1."""
+def _drawn(value: Any) -> float:
+    logprob = _logprob(value)
+    if logprob == -math.inf:
+        raise FaultError("its replies hold a token of probability 0", lasting=True)
+    return logprob
+
+
+def _logprob(value: Any) -> float:
+    try:
+        logprob = float(value)
+    except OverflowError:  # JSON has whole numbers of any size
+        logprob = math.nan
+    if math.isnan(logprob) or logprob == math.inf:
+        raise FaultError("its replies hold a log-probability that is none", lasting=True)
+    return logprob
+
+
+def candidates_of(prompt: EncodedPrompt, replies: Sequence[Reply], lost: Cost) -> Candidates:
+    """Replies to one prompt as a group; of tokens only their number is known, so each is −1.
+
+    `lost` is what the draw cost besides them.
+    """
     group = Group(
         prompt_id=prompt.prompt_id,
         prompt=prompt.prompt,
@@ -226,4 +292,4 @@ def candidates_of(prompt: EncodedPrompt, replies: Sequence[Reply], seconds: floa
     )
     generated = sum(reply.tokens for reply in replies)
     prefilled = sum(reply.prefilled for reply in replies)
-    return Candidates(group, Cost(generated, prefilled, seconds=seconds))
+    return Candidates(group, Cost(generated, prefilled) + lost)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from typing import Any
 
-from bonbon.decoding.strategy import Candidates, Floats
+from bonbon.decoding.strategy import Candidates, Cost, Floats
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
 from bonbon.prompts import EncodedPrompt
-from bonbon.serve.backend import Job, TokenLogprob
+from bonbon.serve.backend import BackendError, Job, TokenLogprob
 from bonbon.serve.upstream_client import UpstreamClient, error_of
 from bonbon.serve.upstream_protocol import (
     FaultError,
@@ -20,6 +22,12 @@ from bonbon.serve.upstream_protocol import (
     path_of,
     read_reply,
     request_body,
+    spent_on,
+)
+
+NO_EMBEDDING = (
+    "an upstream server embeds no completions; set the strategy's `distance` or `embedding` to one "
+    "of texts, or take a local model"
 )
 
 
@@ -42,15 +50,14 @@ class UpstreamSource:
 
     def draw(self, prompts: Sequence[EncodedPrompt], ks: Sequence[range]) -> list[Candidates]:
         """See `Source.draw`. Raises BackendError, or CancelledError once the job was stopped."""
+        if self.stopped:  # the loop itself may be gone
+            raise CancelledError
         drawing = self._draw_all(prompts, ks)
         return asyncio.run_coroutine_threadsafe(drawing, self._loop).result()
 
     def embed(self, group: Group) -> Floats:
         """Raises BonbonError: a server gives texts and no states."""
-        raise BonbonError(
-            "an upstream server embeds no completions; set the strategy's `distance` or `embedding`"
-            " to one of texts, or take a local model"
-        )
+        raise BonbonError(NO_EMBEDDING)
 
     def stop(self) -> None:
         """Give up what is being drawn, and all that would be. Called in the loop's thread."""
@@ -76,28 +83,32 @@ class UpstreamSource:
 
     async def _draw(self, prompt: EncodedPrompt, ks: range) -> Candidates:
         began = time.monotonic()
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._candidate(k)) for k in ks]
-        except BaseExceptionGroup as errors:  # one refusal: the others would be refused as well
-            raise errors.exceptions[0] from None
+        losses: list[Cost] = []
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._candidate(k, losses)) for k in ks]
         outcomes = [task.result() for task in tasks]
         replies = [outcome for outcome in outcomes if isinstance(outcome, Reply)]
-        faults = [outcome for outcome in outcomes if isinstance(outcome, FaultError)]
         if not replies and not self._has_drawn:
-            raise error_of(faults)
-        self._note(replies, len(faults))
-        return candidates_of(prompt, replies, time.monotonic() - began)
+            raise _error_of([outcome for outcome in outcomes if not isinstance(outcome, Reply)])
+        self._note(replies, len(outcomes) - len(replies))
+        lost = sum(losses, Cost(seconds=time.monotonic() - began))
+        return candidates_of(prompt, replies, lost)
 
-    async def _candidate(self, k: int) -> Reply | FaultError:
-        job = self._job
-        body = request_body(job, self._model, self._off, k)
+    async def _candidate(self, k: int, losses: list[Cost]) -> Reply | FaultError | BackendError:
+        """Candidate k, or why it did not come; `losses` gets what its useless replies cost."""
+
+        def read(found: Any) -> Reply:
+            try:
+                return read_reply(found, self._job)
+            except Exception:
+                losses.append(spent_on(found))
+                raise
+
+        body = request_body(self._job, self._model, self._off, k)
         try:
-            return await self._client.post(
-                path_of(job), body, lambda found: read_reply(found, job), self._cutoff
-            )
-        except FaultError as fault:
-            return fault
+            return await self._client.post(path_of(self._job), body, read, self._cutoff)
+        except (FaultError, BackendError) as error:
+            return error
 
     def _note(self, replies: Sequence[Reply], failed: int) -> None:
         self.failed += failed
@@ -106,3 +117,10 @@ class UpstreamSource:
             self.prompt_tokens = max(self.prompt_tokens, reply.prompt_tokens)
             if reply.logprobs is not None:
                 self._logprobs[reply.text, reply.logprob] = reply.logprobs
+
+
+def _error_of(errors: Sequence[FaultError | BackendError]) -> BackendError:
+    """The error of a job none of whose candidates came: the upstream's own word comes first."""
+    refusals = (error for error in errors if isinstance(error, BackendError))
+    faults = [error for error in errors if isinstance(error, FaultError)]
+    return next(refusals, None) or error_of(faults)
