@@ -52,6 +52,16 @@ def test_what_is_refused_is_said_in_a_sentence(
     assert "Traceback" not in result.output
 
 
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("bonbon.serve.run")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("bonbon.serve.run", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(app, ["serve", "--model", "m", "--reward", "a:b"])
+    assert result.exit_code == 2, result.output
+    assert "the server needs uvicorn: pip install 'bonbon-align[serve]'" in result.stderr
+
+
 def test_a_run_s_configuration_serves() -> None:
     values = {
         "model": {"name": "m"},

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from bonbon.config import ModelConfig, RewardConfig, parse_settings
 from bonbon.decoding.catalogue import strategy_name
 from bonbon.decoding.settings import check_reward, without_run_sections
+from bonbon.errors import BonbonError
 from bonbon.serve.backend import Backend
 from bonbon.serve.config import ServeConfig
 from bonbon.serve.upstream_client import UpstreamConfig
@@ -69,7 +70,12 @@ def serve(settings: ServeSettings) -> None:
 
     Raises BonbonError when something cannot be loaded, or as `run.serve` does.
     """
-    from bonbon.serve import run
+    try:
+        from bonbon.serve import run
+    except ImportError as error:
+        raise BonbonError(
+            f"the server needs {error.name}: pip install 'bonbon-align[serve]'"
+        ) from error
     from bonbon.serve.config import api_key
     from bonbon.stages import build_reward
 
