@@ -32,6 +32,12 @@ PAD, BOS, EOS = 0, 1, 2
 MakeGroup = Callable[..., Group]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left with one when the others are done."""
+    longest = ("test_resume.py", "test_pipeline.py")
+    items.sort(key=lambda item: item.path.name not in longest)
+
+
 @pytest.fixture(autouse=True)
 def _clean_logging() -> Iterator[None]:
     """Each test leaves the root logger as it found it."""
