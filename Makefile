@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 test: setup
-	$(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # In front of a true vLLM server, which has an environment of its own (a long download, once).
 test-vllm: setup .venv-vllm/.installed
