@@ -332,8 +332,9 @@ def test_rank_targets_have_the_tilt_s_win_rate(tilt: Tilt, m: int) -> None:
     mass, win, kl = regressed(rank_targets(tilt, m))
     assert mass == pytest.approx(1, abs=1e-8)
     assert win == pytest.approx(tilt.win_rate(), abs=1e-8)
-    # Smoothing flattens: never more than the tilt spends, and as ever not less than the frontier.
-    assert float(optimal_kl(min(max(win, 0.0), 1.0))) - 1e-6 <= kl <= tilt.kl() + 1e-6
+    # Smoothing flattens: no more than the tilt spends, and as ever not less than the frontier.
+    # Best-of-Poisson is so near to it that another form at the same win rate may cost 3e-6 more.
+    assert float(optimal_kl(min(max(win, 0.0), 1.0))) - 1e-6 <= kl <= tilt.kl() + 1e-5
 
 
 @pytest.mark.parametrize("n", [1.3, 2, 4, 8, 64])
