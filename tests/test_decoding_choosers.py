@@ -42,7 +42,6 @@ from bonbon.decoding.soft import (
     SoftBestOfN,
     poisson_count,
     poisson_quantile,
-    softmax,
 )
 from bonbon.decoding.strategy import Candidates, Cost, WholeDraws
 from bonbon.errors import BonbonError
@@ -475,7 +474,8 @@ def test_softmaxes_of_extremes(rewards: list[float], tau: float) -> None:
 
 
 def test_softmax_of_nothing() -> None:
-    np.testing.assert_allclose(softmax([0.0, -math.inf, math.log(3)]), [0.25, 0, 0.75])
+    log_base = np.array([0.0, -math.inf, math.log(3)])
+    np.testing.assert_allclose(srbon_kl(np.zeros(3), log_base, 1.0), [0.25, 0, 0.75])
 
 
 # --- distances ------------------------------------------------------------------------------------

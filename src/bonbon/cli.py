@@ -36,6 +36,8 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. sampling.n=4."),
 ]
 PromptColumn = Annotated[str | None, typer.Option(help="The column that holds the prompts.")]
+PlotPath = Annotated[Path | None, typer.Option(help="Draw it into this file (PNG, SVG, PDF).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OnLongPrompt = Annotated[
     str | None, typer.Option(help="Prompts over the context: error, skip or truncate.")
 ]
@@ -270,7 +272,7 @@ def fit_beta(
         str | None, typer.Option(help="The setting that is fitted; else beta, or tau.")
     ] = None,
     model: ModelName = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Choose a strategy's β on a development set: where the gold value of its answers is largest.
 
@@ -302,10 +304,8 @@ def plan(
     tokens_per_second: Annotated[
         float | None, typer.Option(help="How fast completions are drawn; else as the pilot's were.")
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw it into this file (PNG, SVG, PDF).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: PlotPath = None,
+    as_json: AsJson = False,
 ) -> None:
     """Which n reaches a wanted win rate, at what KL and cost, from a small pilot."""
     with _reported():
@@ -350,10 +350,8 @@ def report(
 @app.command()
 def frontier(
     n: Annotated[str, typer.Option("--n", help="Comma-separated, each a real >= 1.")] = "2,4,8",
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw it into this file (PNG, SVG, PDF).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: PlotPath = None,
+    as_json: AsJson = False,
 ) -> None:
     """What theory allows: best-of-n's win rate and KL, and the optimum beside them."""
     with _reported():

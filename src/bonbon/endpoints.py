@@ -80,10 +80,15 @@ def checked_address(base_url: str, section: str) -> httpx.URL:
 
 def is_local(url: httpx.URL) -> bool:
     """Whether an address is this machine's own."""
+    return is_loopback(url.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own, which no other machine reaches."""
     try:
-        return ipaddress.ip_address(url.host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return url.host == "localhost"
+        return host == "localhost"
 
 
 def secret_from(name: str, section: str) -> str:

@@ -92,15 +92,18 @@ class Group:
 
     def part(self, start: int, stop: int) -> Group:
         """The group of the completions start..stop−1."""
-        kept = slice(start, stop)
+        return self.take(range(self.n)[start:stop])
+
+    def take(self, indices: Sequence[int]) -> Group:
+        """The group of these completions, in this order; repeats are allowed."""
         return replace(
             self,
-            completions=self.completions[kept],
-            token_ids=self.token_ids[kept],
-            logprobs=self.logprobs[kept],
-            finish_reasons=self.finish_reasons[kept],
-            rewards=None if self.rewards is None else self.rewards[kept],
-            metrics={name: values[kept] for name, values in self.metrics.items()},
+            completions=tuple(self.completions[i] for i in indices),
+            token_ids=tuple(self.token_ids[i] for i in indices),
+            logprobs=tuple(self.logprobs[i] for i in indices),
+            finish_reasons=tuple(self.finish_reasons[i] for i in indices),
+            rewards=None if self.rewards is None else tuple(self.rewards[i] for i in indices),
+            metrics={name: tuple(v[i] for i in indices) for name, v in self.metrics.items()},
         )
 
     def with_rewards(self, rewards: Iterable[float]) -> Group:
@@ -141,6 +144,19 @@ class Group:
             rewards=None if rewards is None else tuple(rewards),
             metrics={item["name"]: tuple(item["values"]) for item in row.get("metrics") or []},
         )
+
+
+def joined(groups: Sequence[Group]) -> Group:
+    """Scored groups of one prompt as one, in this order; metrics are left out."""
+    return replace(
+        groups[0],
+        completions=tuple(text for group in groups for text in group.completions),
+        token_ids=tuple(ids for group in groups for ids in group.token_ids),
+        logprobs=tuple(logprob for group in groups for logprob in group.logprobs),
+        finish_reasons=tuple(reason for group in groups for reason in group.finish_reasons),
+        rewards=tuple(reward for group in groups for reward in group.rewards or ()),
+        metrics={},
+    )
 
 
 def _schema(chat: bool) -> pa.Schema:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from bonbon.digests import file_digest
 from bonbon.errors import BonbonError
 
 
@@ -30,6 +33,15 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
         raise BonbonError(f"{what} {name!r} is not a function")
     found: Callable[..., Any] = function
     return found
+
+
+def function_digest(function: Callable[..., Any]) -> str | None:
+    """A hash of the file that a function is written in; None where there is none."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # not written in Python
+        return None
+    return file_digest(Path(file)) if file else None
 
 
 def said(error: Exception) -> str:

@@ -7,10 +7,8 @@ and the completion, so that no reward can silently change a result.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,10 +17,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.batching import kept_when_cut, token_batches
-from bonbon.digests import file_digest
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Prompt, as_text
-from bonbon.importing import import_function, said
+from bonbon.importing import function_digest, import_function, said
 from bonbon.logprobs import forward_parameters
 from bonbon.models import (
     apply_chat_template,
@@ -60,11 +57,7 @@ class FunctionReward:
 
     def digest(self) -> str | None:
         """A hash of the file that the function is written in; None where there is none."""
-        try:
-            file = inspect.getsourcefile(inspect.unwrap(self.function))
-        except TypeError:  # not written in Python
-            return None
-        return file_digest(Path(file)) if file else None
+        return function_digest(self.function)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         try:

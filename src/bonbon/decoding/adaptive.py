@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
@@ -15,7 +14,7 @@ from pydantic import Field
 
 from bonbon.config import LARGEST_N
 from bonbon.decoding.strategy import Candidates, Floats, Generation, Source, Strategy, score
-from bonbon.groups import Group
+from bonbon.groups import Group, joined
 from bonbon.prompts import EncodedPrompt
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class AdaptiveN(Strategy):
         for numbers in self.rounds(source.config.n):
             drawn = source.draw([prompts[i] for i in still_open], [numbers] * len(still_open))
             for i, new in zip(still_open, score(drawn, reward), strict=True):
-                found[i] = _joined(found[i], new) if i in found else new
+                found[i] = _with(found[i], new) if i in found else new
             still_open = [i for i in still_open if self.goes_on(found[i].group)]
             if not still_open:
                 break
@@ -119,16 +118,6 @@ class AdaptiveN(Strategy):
         return group.n < self.min_n or expected_gain(group.rewards) >= self.price * tokens
 
 
-def _joined(found: Candidates, new: Candidates) -> Candidates:
+def _with(found: Candidates, new: Candidates) -> Candidates:
     """Candidates of one prompt after further ones of it."""
-    a, b = found.group, new.group
-    group = replace(
-        a,
-        completions=a.completions + b.completions,
-        token_ids=a.token_ids + b.token_ids,
-        logprobs=a.logprobs + b.logprobs,
-        finish_reasons=a.finish_reasons + b.finish_reasons,
-        rewards=(a.rewards or ()) + (b.rewards or ()),
-        metrics={name: values + b.metrics[name] for name, values in a.metrics.items()},
-    )
-    return Candidates(group, found.cost + new.cost)
+    return Candidates(joined([found.group, new.group]), found.cost + new.cost)

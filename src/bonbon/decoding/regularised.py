@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
+from scipy.special import softmax
 
 from bonbon.decoding.distances import EMBEDDING, distances, load_distance
-from bonbon.decoding.soft import above_the_best, softmax
+from bonbon.decoding.soft import above_the_best
 from bonbon.decoding.strategy import Floats, Generation, Source, WholeDraws, one_hot
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
@@ -43,7 +44,7 @@ def srbon_kl(rewards: Floats, log_base: Floats, beta: float) -> Floats:
     Args:
         log_base: ln π0 of the candidates up to a constant (nats), (n,).
     """
-    return softmax(log_base + above_the_best(rewards, beta))
+    return np.asarray(softmax(log_base + above_the_best(rewards, beta)))
 
 
 def srbon_wd(rewards: Floats, apart: Floats, base: Floats, beta: float) -> Floats:

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
+from scipy.special import logsumexp, softmax
 
 from bonbon.decoding.partial import Partial, Score, by_reward, token_log_ratios
-from bonbon.decoding.soft import softmax
-from bonbon.decoding.stepwise import MOST_TOKENS, ScoredRows, Stepwise, take
+from bonbon.decoding.stepwise import MOST_TOKENS, ScoredRows, Stepwise
 from bonbon.decoding.strategy import Floats, Generation, Source, StepwiseSource, pick
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 def log_mean_exp(x: ArrayLike) -> float:
     """ln (1/n) Σ_i e^(x_i)."""
     values = np.asarray(x, dtype=np.float64)
-    top = values.max()
-    return float(top + np.log(np.mean(np.exp(values - top))))
+    return float(logsumexp(values) - math.log(len(values)))
 
 
 def effective_sample_size(log_weights: ArrayLike) -> float:
@@ -190,9 +189,9 @@ def _implicit_score(name: str, source: Source, final: Score, tau: float) -> Scor
         ended = [row for row, is_whole in enumerate(whole) if is_whole]
         going = [row for row, is_whole in enumerate(whole) if not is_whole]
         if ended:
-            scores[ended] = final(take(group, ended), [True] * len(ended))
+            scores[ended] = final(group.take(ended), [True] * len(ended))
         if going:
-            scores[going] = [tau * math.fsum(r) for r in log_ratios(take(group, going))]
+            scores[going] = [tau * math.fsum(r) for r in log_ratios(group.take(going))]
         return scores
 
     return score

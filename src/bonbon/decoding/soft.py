@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
+from scipy.special import softmax
 
 from bonbon.config import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
@@ -14,13 +15,6 @@ from bonbon.decoding.strategy import Floats, Source, WholeDraws
 from bonbon.groups import Group
 from bonbon.prompts import EncodedPrompt
 from bonbon.streams import uniform_stream
-
-
-def softmax(logits: ArrayLike) -> Floats:
-    """exp(x_i)/Σ_j exp(x_j), (n,); −inf has no weight, and one x at least must be finite."""
-    x = np.asarray(logits, dtype=np.float64)
-    weights = np.exp(x - x.max())
-    return np.asarray(weights / weights.sum())
 
 
 def above_the_best(rewards: ArrayLike, tau: float) -> Floats:
@@ -44,7 +38,7 @@ class SoftBestOfN(WholeDraws):
     def weights(self, group: Group, source: Source) -> Floats:
         """See `WholeDraws.weights`."""
         assert group.rewards is not None
-        return softmax(above_the_best(group.rewards, self.tau))
+        return np.asarray(softmax(above_the_best(group.rewards, self.tau)))
 
 
 class BestOfPoisson(BestOfN):

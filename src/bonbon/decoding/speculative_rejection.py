@@ -16,10 +16,10 @@ from bonbon.decoding.stepwise import (
     Stepwise,
     best_first,
     best_whole,
-    joined,
 )
 from bonbon.decoding.strategy import Generation, StepwiseSource
 from bonbon.errors import BonbonError
+from bonbon.groups import joined
 from bonbon.prompts import EncodedPrompt
 
 if TYPE_CHECKING:

@@ -26,9 +26,10 @@ from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure, bootstrap
 from bonbon.files import write_json, write_text
 from bonbon.groups import Group, read_shard, shard_path, shard_paths, write_shard
+from bonbon.importing import function_digest, import_function
 from bonbon.progress import progress_bar
 from bonbon.prompts import EncodedPrompt
-from bonbon.reward import FunctionReward, Reward
+from bonbon.reward import Reward
 from bonbon.run_folder import StageFolder
 from bonbon.stages import build_reward, described, load_model, read_configured, reward_identity
 
@@ -103,7 +104,7 @@ def _loaded(strategy: Strategy) -> dict[str, str | None]:
         value = getattr(strategy, name)
         value = getattr(value, "implicit", value)
         if isinstance(value, str) and re.fullmatch(FUNCTION_NAME, value):
-            found[name] = FunctionReward.from_name(value).digest()
+            found[name] = function_digest(import_function(value, name))
         elif isinstance(value, str) and Path(value).expanduser().is_dir():
             found[name] = weights_digest(Path(value).expanduser())
     return found

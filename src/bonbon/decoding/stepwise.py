@@ -31,34 +31,6 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2**31  # of a setting that counts tokens
 REJECTED = "rejected"  # the finish reason of a completion that was given up before its end
 
-# --- groups ---------------------------------------------------------------------------------------
-
-
-def take(group: Group, rows: Sequence[int]) -> Group:
-    """The group of these completions, in this order; repeats are allowed."""
-    return replace(
-        group,
-        completions=tuple(group.completions[row] for row in rows),
-        token_ids=tuple(group.token_ids[row] for row in rows),
-        logprobs=tuple(group.logprobs[row] for row in rows),
-        finish_reasons=tuple(group.finish_reasons[row] for row in rows),
-        rewards=None if group.rewards is None else tuple(group.rewards[row] for row in rows),
-        metrics={name: tuple(v[row] for row in rows) for name, v in group.metrics.items()},
-    )
-
-
-def joined(groups: Sequence[Group]) -> Group:
-    """Scored groups of one prompt as one, in this order; metrics are left out."""
-    return replace(
-        groups[0],
-        completions=tuple(text for group in groups for text in group.completions),
-        token_ids=tuple(ids for group in groups for ids in group.token_ids),
-        logprobs=tuple(logprob for group in groups for logprob in group.logprobs),
-        finish_reasons=tuple(reason for group in groups for reason in group.finish_reasons),
-        rewards=tuple(reward for group in groups for reward in group.rewards or ()),
-        metrics={},
-    )
-
 
 def best_first(scores: Floats) -> NDArray[np.intp]:
     """Row numbers by falling score; of tied rows the earlier one first."""
@@ -106,7 +78,7 @@ class ScoredRows:
             grown = np.flatnonzero(np.isnan(self._scores)).tolist()
             if grown:
                 whole = [finished[row] for row in grown]
-                self._scores[grown] = self._score(take(group, grown), whole)
+                self._scores[grown] = self._score(group.take(grown), whole)
                 self.calls += len(grown)
             self._group = group.with_rewards(self._scores)
         return self._group
@@ -115,7 +87,7 @@ class ScoredRows:
         """Row i becomes the old row `rows[i]`, as `Rows.select` does; all rows are scored first."""
         lost = sorted(set(range(self.rows.n)) - set(rows))
         if lost:
-            group, finished = take(self.scored(), lost), self.rows.finished
+            group, finished = self.scored().take(lost), self.rows.finished
             reasons = [
                 reason if finished[row] else REJECTED
                 for row, reason in zip(lost, group.finish_reasons, strict=True)

@@ -23,11 +23,9 @@ from bonbon.decoding.stepwise import (
     Stepwise,
     best_first,
     best_whole,
-    joined,
-    take,
 )
 from bonbon.decoding.strategy import Cost, Floats, Generation, Source, StepwiseSource
-from bonbon.groups import Group
+from bonbon.groups import Group, joined
 from bonbon.prompts import EncodedPrompt
 
 if TYPE_CHECKING:
@@ -111,5 +109,5 @@ def _finally_scored(group: Group, reward: Reward) -> tuple[Group, int]:
     """The group with the reward of its whole completions, and how many these are."""
     whole = [row for row, why in enumerate(group.finish_reasons) if why != REJECTED]
     rewards = np.array(group.rewards)
-    rewards[whole] = by_reward(reward)(take(group, whole), [True] * len(whole))
+    rewards[whole] = by_reward(reward)(group.take(whole), [True] * len(whole))
     return group.with_rewards(rewards), len(whole)

@@ -86,14 +86,18 @@ class Admission:
         mean = math.fsum(recent) / len(recent)
         return max(1.0, mean * (self.waiting + 1) / self.concurrency)
 
-    def _check_room(self, jobs: int) -> None:
-        if self.stopping:
-            raise stopping()
+    def check_size(self, jobs: int) -> None:
+        """Raise BackendError for a request of more jobs than could ever come in."""
         if jobs > self.concurrency + self.queue:
             raise bad_request(
                 f"at most {self.concurrency + self.queue} prompts a request; send them in several",
                 param="prompt",
             )
+
+    def _check_room(self, jobs: int) -> None:
+        if self.stopping:
+            raise stopping()
+        self.check_size(jobs)
         must_wait = max(0, jobs - (self.concurrency - self.running))
         if self.waiting + must_wait > self.queue:
             raise BackendError(

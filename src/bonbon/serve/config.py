@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Self
 
 from pydantic import Field, model_validator
 
 from bonbon.config import SamplingConfig, Settings
 from bonbon.decoding.settings import DEFAULT_STRATEGY, StrategySetting
-from bonbon.endpoints import secret_from
+from bonbon.endpoints import is_loopback, secret_from
 from bonbon.errors import BonbonError
 
 
@@ -58,11 +57,3 @@ def api_key(config: ServeConfig) -> str:
             f"environment variable {config.api_key_env} to a key, or leave serve.host at 127.0.0.1"
         )
     return key
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens on `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -31,9 +31,6 @@ def jobs_of(
     Raises BackendError for more than the configuration allows, and for an unknown strategy.
     """
     prompts = prompts_of(request)
-    most = config.concurrency + config.queue
-    if len(prompts) > most:
-        raise bad_request(f"at most {most} prompts a request; send them in several", param="prompt")
     sampling, strategy = sampling_of(request, config), _strategy(request, config)
     names = (
         [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bonbon.serve.config import is_loopback
+from bonbon.endpoints import is_loopback
 from bonbon.serve.errors import (
     CLIENT_GONE,
     error_response,

@@ -49,6 +49,19 @@ def indexed(job: Job, answers: Sequence[Answer]) -> list[tuple[int, Choice]]:
     ]
 
 
+def _envelope(
+    request_id: str, job: Job, answers: Sequence[Answer], candidates: bool
+) -> dict[str, Any]:
+    """What stands around the choices."""
+    return {
+        "id": request_id,
+        "created": int(time.time()),
+        "model": job.model,
+        "usage": usage_of(answers),
+        "bonbon": details_of(job, answers, candidates),
+    }
+
+
 def details_of(job: Job, answers: Sequence[Answer], candidates: bool) -> Details:
     """How the choices of a request came about; its candidates where they are wanted."""
     cost = sum((answer.cost for answer in answers), Cost())
@@ -109,12 +122,7 @@ def chat_completion(
         for index, choice in indexed(job, answers)
     ]
     return ChatCompletion(
-        id=request_id,
-        created=int(time.time()),
-        model=job.model,
-        choices=choices,
-        usage=usage_of(answers),
-        bonbon=details_of(job, answers, candidates),
+        choices=choices, **_envelope(request_id, job, answers, candidates)
     ).model_dump()
 
 
@@ -166,12 +174,7 @@ def completion(
         for index, choice in indexed(job, answers)
     ]
     return Completion(
-        id=request_id,
-        created=int(time.time()),
-        model=job.model,
-        choices=choices,
-        usage=usage_of(answers),
-        bonbon=details_of(job, answers, candidates),
+        choices=choices, **_envelope(request_id, job, answers, candidates)
     ).model_dump()
 
 

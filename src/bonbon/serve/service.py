@@ -19,7 +19,7 @@ from bonbon.serve.backend import Answer, Backend, BackendError, Job
 from bonbon.serve.config import ServeConfig
 from bonbon.serve.connection import read_json, while_wanted
 from bonbon.serve.errors import json_response
-from bonbon.serve.jobs import jobs_of
+from bonbon.serve.jobs import jobs_of, prompts_of
 from bonbon.serve.metrics import Metrics
 from bonbon.serve.replies import chat_completion, completion
 from bonbon.serve.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
@@ -68,6 +68,7 @@ async def respond(service: Service, request: Request, dialect: Dialect) -> Respo
     deadline = time.monotonic() + service.config.deadline
     values = await read_json(request, service.config.max_body_bytes, service.config.deadline)
     asked, extra = parse_request(dialect.kind, values, service.passthrough)
+    service.admission.check_size(len(prompts_of(asked)))  # before a job is made for each
     request_id = dialect.prefix + request.state.request_id
     async with in_time(deadline):
         model = await known_model(service, asked.model)
