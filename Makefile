@@ -3,6 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO_OUT := bonbon-demo
+export BONBON_VLLM_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bonbon/vllm-env
 
 .PHONY: setup test test-vllm lint demo demo-short clean
 
@@ -18,13 +19,11 @@ $(INSTALLED): pyproject.toml
 test: setup
 	$(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-# In front of a true vLLM server, which has an environment of its own (a long download, once).
-test-vllm: setup .venv-vllm/.installed
+# With vLLM itself, which has an environment of its own outside the checkout (a long download, once).
+test-vllm: setup
+	scripts/setup_vllm.sh
+	PYTHONPATH=src $(BONBON_VLLM_ENV)/bin/python -m pytest -rs tests/test_vllm_engine.py
 	$(PYTHON) -m pytest -rs tests/test_vllm.py
-
-.venv-vllm/.installed: scripts/setup_vllm.sh
-	scripts/setup_vllm.sh .venv-vllm
-	touch $@
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -39,4 +38,4 @@ demo-short: setup
 	$(VENV)/bin/bonbon demo --short --out $(DEMO_OUT)-short
 
 clean:
-	rm -rf $(VENV) .venv-vllm $(DEMO_OUT) $(DEMO_OUT)-short build dist
+	rm -rf $(VENV) $(DEMO_OUT) $(DEMO_OUT)-short build dist

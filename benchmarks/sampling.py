@@ -1,90 +1,447 @@
-"""Drawing n completions a prompt: `TransformersSampler` beside `model.generate`.
+"""Tokens per second of `TransformersSampler` beside `model.generate` and vLLM, and what bounds it.
 
-    python benchmarks/sampling.py --model MODEL --prompts PROMPTS.jsonl [--n 8] [--tokens 64]
+    python benchmarks/sampling.py [--quick] [--document docs/benchmarks-speed.md]
+    python benchmarks/sampling.py --device cuda --dtype bfloat16 --models 100m 1b --rows 512
 
-Both draw the same number of completions of the same prompts from the same model, in batches of the
-same number of rows; `generate` with `num_return_sequences=n` prefills every prompt n times and pads
-in the order given. The sampler also returns the drawn tokens' log-probabilities; `generate` is
-asked for none. Prints the median throughput of several runs and the ratio.
+All draw n completions of the same prompts from the same random Llamas: random prompts of exactly so
+many tokens, completions of exactly so many, since no token ends them. Each side gets the best of
+two batch sizes, chosen in a first run; then they take turns, each turn with new prompts, and the
+figures are medians. vLLM stands in an environment of its own (scripts/setup_vllm.sh), as a process
+that waits while others run; it gets all prompts at once, shares prefixes and is compiled.
+
+Our sampler also returns the tokens' log-probabilities and texts; the others are asked for neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shlex
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 
-from bonbon.config import SamplingConfig
-from bonbon.models import end_token_ids, load_policy
-from bonbon.prompts import read_prompts
-from bonbon.sampling import TransformersSampler
+CONTEXT = 2048
+BEGIN, END = "<!-- benchmarks/{name} writes from here -->", "<!-- {name}: to here -->"
+# stories260K has heads of 8, which vLLM's attention on a CPU lacks: here they are fewer and wider.
+LLAMAS: dict[str, dict[str, Any]] = {
+    "260k": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+    "demo": {
+        "vocab_size": 2048,
+        "hidden_size": 160,
+        "intermediate_size": 448,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+    },
+    "100m": {
+        "vocab_size": 32_000,
+        "hidden_size": 640,
+        "intermediate_size": 1728,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 10,
+        "num_key_value_heads": 10,
+        "tie_word_embeddings": False,
+    },
+    "1b": {
+        "vocab_size": 32_000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+ROWS = {"260k": 256, "demo": 128, "100m": 32, "1b": 8}  # completions a run, on a CPU
+
+Prompts = list[list[int]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=64, help="prompts")
-    parser.add_argument("--n", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=128, help="completions a batch")
-    parser.add_argument("--runs", type=int, default=5)
-    args = parser.parse_args()
-    model, tokenizer = load_policy(args.model)
-    rows = read_prompts(args.prompts, limit=args.count)
-    longest = max(len(tokenizer(row.prompt)["input_ids"]) for row in rows)
-    config = SamplingConfig(
-        n=args.n,
-        max_new_tokens=args.tokens,
-        max_batch_tokens=args.rows * (longest + args.tokens),
-    )
-    sampler = TransformersSampler(model, tokenizer, config)
-    encoded = sampler.encode(rows)
-    tokenizer.padding_side = "left"
-    ends = torch.tensor(end_token_ids(model, tokenizer), device=model.device)
+@dataclass(frozen=True)
+class Cell:
+    """What is drawn: `rows` completions in all, n of each prompt."""
 
-    def ours() -> int:
+    prompt: int
+    completion: int
+    n: int
+    rows: int
+
+    def prompts(self, seed: int, vocabulary: int) -> Prompts:
+        generator = np.random.default_rng(seed)
+        return generator.integers(3, vocabulary, (self.rows // self.n, self.prompt)).tolist()
+
+
+# --- models and machine ---------------------------------------------------------------------------
+
+
+def llama_config(name: str) -> Any:
+    from transformers import LlamaConfig
+
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
+    tied = {"tie_word_embeddings": True, "max_position_embeddings": CONTEXT}
+    return LlamaConfig(**(tied | ends | LLAMAS[name]))
+
+
+def word_tokenizer(vocabulary: int) -> Any:
+    """A word for each token, none of which ends a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="t0")
+
+
+def median_seconds(work: Callable[[], Any], runs: int = 5) -> float:
+    import torch
+
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    once()
+    return statistics.median(once() for _ in range(runs))
+
+
+def machine_peaks(device: str, dtype: Any) -> tuple[float, float]:
+    """FLOP/s of a large matrix product, by the better of two libraries, and bytes/s of reading."""
+    import torch
+
+    from bonbon.linear import fast_linear
+
+    size = 2048 if device == "cpu" else 8192
+    layer = torch.nn.Linear(size, size, bias=False, device=device, dtype=dtype)
+    inputs = torch.randn(size, size, device=device, dtype=dtype)
+    memory = torch.ones(2**26 if device == "cpu" else 2**30, device=device)
+    with torch.inference_mode():
+        usual = median_seconds(lambda: torch.mm(inputs, layer.weight))
+        with fast_linear(layer):
+            fast = median_seconds(lambda: layer(inputs))
+        reading = median_seconds(memory.sum)
+    print(f"matrix products: {2e-9 * size**3 / usual:,.0f} GFLOP/s by torch.mm", flush=True)
+    return 2 * size**3 / min(usual, fast), memory.nbytes / reading
+
+
+def costs(config: Any, cell: Cell, batch: int, width: int) -> tuple[float, float]:
+    """The least FLOPs and bytes moved of a token drawn `batch` rows at a time, prompts read once.
+
+    FLOPs: two a weight and token, and the attention's products; of a prompt token without the
+    output head. Bytes: the weights once a step, of keys and values those of a prompt once for its n
+    rows and those of the row. `width` is the bytes of a number.
+    """
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
+    attention = 2 * hidden * hidden + 2 * hidden * hidden * keys // heads
+    body = layers * (attention + 3 * hidden * config.intermediate_size)
+    head = hidden * config.vocab_size
+    own = cell.completion / 2  # columns of its own that a row reads, on average
+    per_column = 4 * layers * hidden
+    read_prompt = cell.prompt * (2 * body + per_column * cell.prompt / 2)
+    drawn = 2 * (body + head) + per_column * (cell.prompt + own)
+    flops = drawn + read_prompt / (cell.n * cell.completion)
+    cached = 2 * layers * keys * (hidden // heads) * (cell.prompt / cell.n + own)
+    return flops, width * ((body + head) / batch + cached)
+
+
+# --- the sides ------------------------------------------------------------------------------------
+
+
+class Ours:
+    """`TransformersSampler`; `batch` is its `max_batch_tokens`."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def batches(self, cell: Cell) -> list[int]:
+        from bonbon.config import SamplingConfig
+
+        whole = cell.rows * (cell.prompt + cell.completion)
+        default = SamplingConfig().max_batch_tokens
+        return [whole] if whole <= default else [default, whole]
+
+    def draw(self, cell: Cell, prompts: Prompts, batch: int) -> int:
+        from bonbon.config import SamplingConfig
+        from bonbon.prompts import EncodedPrompt
+        from bonbon.sampling import TransformersSampler
+
+        config = SamplingConfig(n=cell.n, max_new_tokens=cell.completion, max_batch_tokens=batch)
+        sampler = TransformersSampler(self.model, self.tokenizer, config)
+        encoded = [EncodedPrompt(str(i), "", tuple(ids)) for i, ids in enumerate(prompts)]
         return sum(sum(group.lengths()) for group in sampler.sample(encoded))
 
-    @torch.inference_mode()
-    def theirs() -> int:
-        drawn = 0
-        for start in range(0, len(rows), args.rows // args.n):
-            texts = [str(row.prompt) for row in rows[start : start + args.rows // args.n]]
-            batch = tokenizer(texts, return_tensors="pt", padding=True)
-            batch.pop("token_type_ids", None)
-            out = model.generate(
-                **batch.to(model.device),
+
+class Generate:
+    """`model.generate(num_return_sequences=n)`; `batch` is the rows at once."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def batches(self, cell: Cell) -> list[int]:
+        return sorted({max(cell.n, cell.rows // 4), cell.rows})
+
+    def draw(self, cell: Cell, prompts: Prompts, batch: int) -> int:
+        import torch
+
+        drawn, at_once = 0, batch // cell.n
+        for start in range(0, len(prompts), at_once):
+            ids = torch.tensor(prompts[start : start + at_once], device=self.model.device)
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 do_sample=True,
                 top_k=0,
                 top_p=1.0,
                 temperature=1.0,
-                max_new_tokens=args.tokens,
-                num_return_sequences=args.n,
+                max_new_tokens=cell.completion,
+                num_return_sequences=cell.n,
             )
-            completions = out[:, batch["input_ids"].shape[1] :]
-            ended = (
-                torch.isin(completions, ends).cumsum(dim=1) - torch.isin(completions, ends).int()
-            )
-            drawn += int((ended == 0).sum())  # up to the first end token, which counts
+            drawn += out[:, ids.shape[1] :].cpu().numel()
         return drawn
 
-    def rate(draw: Callable[[], int]) -> float:
-        began = time.perf_counter()
-        return draw() / (time.perf_counter() - began)
 
-    rates: dict[str, list[float]] = {"TransformersSampler": [], "generate": []}
-    for _ in range(args.runs):
-        rates["TransformersSampler"].append(rate(ours))
-        rates["generate"].append(rate(theirs))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, median in medians.items():
-        print(f"{name:<20} {median:10,.0f} tokens/s")
-    print(f"ratio                {medians['TransformersSampler'] / medians['generate']:10.2f}")
+class Vllm:
+    """vLLM in a process of its own, which is given all prompts at once."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def batches(self, cell: Cell) -> list[int]:
+        return [cell.rows]
+
+    def draw(self, cell: Cell, prompts: Prompts, batch: int) -> int:
+        assert self.process.stdin is not None
+        asked = {"prompts": prompts, "n": cell.n, "tokens": cell.completion}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return int(self._answer())
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("drawn "):  # vLLM may print, too
+                return line.split()[1]
+        raise SystemExit("vLLM ended; run with --vllm none, or see what it said above")
+
+
+@contextmanager
+def vllm_side(folder: Path, args: argparse.Namespace) -> Iterator[Vllm | None]:
+    """vLLM with the model in `folder`; None where it is not installed."""
+    if not args.vllm.exists():
+        yield None
+        return
+    settings = {
+        "OMP_NUM_THREADS": str(args.threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # or an engine would spin while others run
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    options = ["--vllm-model", str(folder), "--dtype", args.dtype, *["--quick"] * args.quick]
+    process = subprocess.Popen(
+        [str(args.vllm), __file__, *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | settings,
+    )
+    try:
+        yield Vllm(process)
+    finally:
+        if process.stdin is not None:
+            process.stdin.close()
+        process.wait()
+
+
+def serve_vllm(args: argparse.Namespace) -> None:
+    """What the other process does: a line of JSON in, the number of tokens drawn out."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=args.vllm_model,
+        skip_tokenizer_init=True,
+        dtype=args.dtype,
+        max_model_len=CONTEXT,
+        enforce_eager=args.quick,
+        gpu_memory_utilization=0.4,
+    )
+    for line in sys.stdin:
+        asked = json.loads(line)
+        settings = SamplingParams(
+            n=asked["n"], max_tokens=asked["tokens"], ignore_eos=True, detokenize=False
+        )
+        prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
+        found = engine.generate(prompts, settings, use_tqdm=False)
+        print("drawn", sum(len(c.token_ids) for out in found for c in out.outputs), flush=True)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def seconds_of(side: Any, cell: Cell, batch: int, prompts: Prompts) -> float:
+    began = time.perf_counter()
+    drawn = side.draw(cell, prompts, batch)
+    seconds = time.perf_counter() - began
+    assert drawn == cell.rows * cell.completion, (drawn, cell)
+    return seconds
+
+
+def rates(
+    sides: dict[str, Any], cell: Cell, runs: int, vocabulary: int
+) -> tuple[dict[str, float], int]:
+    """Each side's median tokens per second, and the rows at once of ours."""
+    best, seconds = {}, dict[str, list[float]]()
+    first = cell.prompts(0, vocabulary)
+    for name, side in sides.items():
+        tried = {batch: seconds_of(side, cell, batch, first) for batch in side.batches(cell)}
+        best[name] = min(tried, key=tried.__getitem__)
+    for run in range(runs):
+        prompts = cell.prompts(1 + run, vocabulary)
+        for name, side in sides.items():
+            seconds.setdefault(name, []).append(seconds_of(side, cell, best[name], prompts))
+    tokens = cell.rows * cell.completion
+    found = {name: tokens / statistics.median(values) for name, values in seconds.items()}
+    return found, min(cell.rows, best["ours"] // (cell.prompt + cell.completion))
+
+
+def lines_of(
+    name: str, cells: Sequence[Cell], args: argparse.Namespace, peaks: tuple[float, float]
+) -> Iterator[str]:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    dtype, config = getattr(torch, args.dtype), llama_config(name)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(args.device, dtype).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        with vllm_side(Path(folder), args) as vllm:
+            ours = Ours(model, word_tokenizer(config.vocab_size))
+            sides: dict[str, Any] = {"ours": ours, "generate": Generate(model)}
+            sides |= {"vllm": vllm} if vllm else {}
+            for cell in cells:
+                found, batch = rates(sides, cell, args.runs, config.vocab_size)
+                flops, moved = costs(config, cell, batch, dtype.itemsize)
+                yield line(name, cell, found, flops * found["ours"] / peaks[0], moved, peaks[1])
+
+
+HEADER = (
+    "| model | prompt:completion | n | ours, tokens/s | generate | vLLM | ours / generate | "
+    "ours / vLLM | of the peak FLOP/s | of the bandwidth |\n" + "|---" * 10 + "|"
+)
+
+
+def line(
+    name: str, cell: Cell, found: dict[str, float], of_peak: float, moved: float, bandwidth: float
+) -> str:
+    ours, vllm = found["ours"], found.get("vllm")
+    of_bandwidth = moved * ours / bandwidth
+    return (
+        f"| {name} | {cell.prompt}:{cell.completion} | {cell.n} | {ours:,.0f} | "
+        f"{found['generate']:,.0f} | {f'{vllm:,.0f}' if vllm else '-'} | "
+        f"{ours / found['generate']:.2f} | {f'{ours / vllm:.2f}' if vllm else '-'} | "
+        f"{of_peak:.0%} | {of_bandwidth:.0%} |"
+    )
+
+
+def conditions(args: argparse.Namespace) -> str:
+    """The command, and what it ran on."""
+    import torch
+    import transformers
+
+    device = f"a CPU with {args.threads} threads ({torch.backends.cpu.get_cpu_capability()})"
+    if args.device == "cuda":
+        device = torch.cuda.get_device_name()
+    return (
+        f"`python {shlex.join(sys.argv)}` on {device}, {args.dtype}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, medians of {args.runs} runs."
+    )
+
+
+def write_section(document: Path, script: str, lines: Sequence[str]) -> None:
+    """Put `lines` between the script's markers in the document."""
+    from bonbon.files import write_text
+
+    begin, end = BEGIN.format(name=script), END.format(name=script)
+    text = document.read_text(encoding="utf-8") if document.exists() else f"{begin}\n{end}\n"
+    head, rest = text.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    write_text(document, head + begin + "\n\n" + "\n".join(lines) + "\n\n" + end + tail)
+
+
+def report(args: argparse.Namespace) -> None:
+    import torch
+
+    torch.set_num_threads(args.threads)
+    peaks = machine_peaks(args.device, getattr(torch, args.dtype))
+    lines = [
+        conditions(args),
+        f"The machine: {peaks[0] / 1e9:,.0f} GFLOP/s in matrix products, {peaks[1] / 1e9:,.0f} "
+        "GB/s read from memory.",
+        "",
+        HEADER,
+    ]
+    print("\n".join(lines), flush=True)
+    for name in args.models:
+        rows = args.rows or ROWS[name]
+        cells = [
+            Cell(prompt, completion, n, max(rows, n))
+            for prompt, completion in (map(int, lengths.split(":")) for lengths in args.lengths)
+            for n in args.n
+        ]
+        for text in lines_of(name, cells, args, peaks):
+            lines.append(text)
+            print(text, flush=True)
+    if args.document:
+        write_section(args.document, "sampling.py", lines)
+
+
+def vllm_python() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("BONBON_VLLM_PYTHON", cache / "bonbon/vllm-env/bin/python"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=LLAMAS, default=["260k", "demo", "100m"])
+    parser.add_argument("--lengths", nargs="+", default=["32:64", "256:64", "1024:64"])
+    parser.add_argument("--n", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--rows", type=int, help="completions a run; default: by the model")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--vllm", type=Path, default=vllm_python(), help="the Python vLLM is in")
+    parser.add_argument("--document", type=Path, help="write the table there, between its markers")
+    parser.add_argument("--quick", action="store_true", help="two cells; vLLM is not compiled")
+    parser.add_argument("--vllm-model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.vllm_model:
+        serve_vllm(args)
+        return
+    if args.quick:
+        args.models, args.lengths, args.n = ["260k", "demo"], ["256:64"], [8]
+    report(args)
 
 
 if __name__ == "__main__":

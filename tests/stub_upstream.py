@@ -3,8 +3,11 @@
     async with StubUpstream(fault=some_faults(0.2)) as stub:
         ...  # stub.url
 
+    with serving(StubUpstream()) as stub:  # from synchronous code, in a thread
+        ...
+
 Every completion it gives has a text of its own, so that what it handed out can be looked up by the
-text. With a seed the same request has the same completion.
+text. With a seed the same request has the same completion. It also scores by vLLM's three routes.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import hashlib
 import json
 import socket
 import struct
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 Fault = Callable[[str, int], str]
@@ -30,6 +35,7 @@ FAULTS = (
     "error body",
     "no choices",
 )
+SCORING = ("/pooling", "/classify", "/score")  # vLLM's routes, which are not under /v1
 
 
 def no_fault(_request: str, _attempt: int) -> str:
@@ -48,11 +54,30 @@ def some_faults(share: float, kinds: tuple[str, ...] = FAULTS) -> Fault:
     return fault
 
 
+@contextmanager
+def serving(stub: StubUpstream) -> Iterator[StubUpstream]:
+    """The stub over a socket, in a thread with an event loop of its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(stub.start(), loop).result()
+        yield stub
+    finally:
+        asyncio.run_coroutine_threadsafe(stub.stop(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
 class StubUpstream:
     """The server; attributes say how it answers, and what happened.
 
     `fault(request, attempt)` names what goes wrong with the attempt-th sending of a request body,
-    or "". `delay` is how many seconds a good answer takes. `reply` changes a good answer.
+    or "". `delay` is how many seconds a good answer takes. `reply` changes a good answer. `ids` are
+    the token ids of a completion's text, which are then counted and, where asked for, sent.
+    `context` is what /models says of it. `score` is the reward of what is asked about: a text, a
+    pair of texts, or messages; without a `template` these are refused.
     """
 
     def __init__(
@@ -64,7 +89,12 @@ class StubUpstream:
         models: tuple[str, ...] = ("stub",),
         reply: Callable[[dict[str, Any]], Any] = lambda found: found,
         retry_after: str = "0",
+        ids: Callable[[str], list[int]] | None = None,
+        context: int | None = None,
+        score: Callable[[Any], Any] = lambda asked: float(len(str(asked))),
+        template: bool = True,
     ) -> None:
+        self.ids, self.context, self.score, self.template = ids, context, score, template
         self.fault, self.delay, self.key, self.reply = fault, delay, key, reply
         self.owned_by, self.models, self.retry_after = owned_by, models, retry_after
         self.tokens: dict[str, int] = {}  # of each completion that was sent whole
@@ -134,9 +164,10 @@ class StubUpstream:
             self.models_asked += 1
             if self.models_fault:
                 return await self._fail(reader, writer, self.models_fault, {})
-            listed = [{"id": name, "owned_by": self.owned_by} for name in self.models]
+            more = {} if self.context is None else {"max_model_len": self.context}
+            listed = [{"id": name, "owned_by": self.owned_by} | more for name in self.models]
             return await self._send(writer, 200, {"object": "list", "data": listed})
-        if path not in ("/v1/completions", "/v1/chat/completions"):
+        if path not in (*SCORING, "/v1/completions", "/v1/chat/completions"):
             return await self._send(writer, 404, {"detail": "Not Found"})
         self.busy += 1
         self.most_busy = max(self.most_busy, self.busy)
@@ -155,14 +186,20 @@ class StubUpstream:
         self.paths.append(path)
         name = self.fault(raw, attempt)
         self.faults[name] += 1
-        text, found = self._completion(body, "chat" in path)
+        if path in SCORING and "messages" in body and not self.template:
+            said = "default chat template is no longer allowed"
+            return await self._send(writer, 400, {"error": {"message": said}})
+        if path in SCORING:
+            tokens, found = {}, self._scored(body, path)
+        else:
+            tokens, found = self._completions(body, "chat" in path)
         found = self.reply(found)
         if name:
             return await self._fail(reader, writer, name, found)
         if not await self._wait(reader, self.delay):
             return False
         await self._send(writer, 200, found)
-        self.tokens[text] = found.get("usage", {}).get("completion_tokens", 0)
+        self.tokens |= tokens
         return True
 
     async def _wait(self, reader: asyncio.StreamReader, seconds: float) -> bool:
@@ -199,6 +236,8 @@ class StubUpstream:
             return await self._send(writer, int(name), {"error": error}, **more)
         if name == "slow":
             return await self._wait(reader, 60.0)
+        if name == "garbage":
+            return await self._send(writer, 200, b"<html>\xff busy</html>")
         if name == "truncated":
             return await self._send(writer, 200, content[:-9])
         if name == "error body":
@@ -214,16 +253,48 @@ class StubUpstream:
 
     # --- completions ------------------------------------------------------------------------------
 
-    def _completion(self, body: dict[str, Any], chat: bool) -> tuple[str, dict[str, Any]]:
-        """A text of its own and the reply that it is in; seeded requests have it by their seed."""
-        name = str(body["seed"]) if "seed" in body else f"arrival {len(self.bodies)}"
-        prompt = json.dumps(body.get("messages") or body.get("prompt"))
+    def _scored(self, body: dict[str, Any], path: str) -> dict[str, Any]:
+        """What vLLM 0.32 answers."""
+        if path == "/score":
+            item = {"score": self.score((body["text_1"], body["text_2"]))}
+        else:
+            value = self.score(body.get("messages") or body.get("input"))
+            item = {"data" if path == "/pooling" else "probs": [value]}
+        return {"object": "list", "data": [{"index": 0} | item]}
+
+    def _completions(
+        self, body: dict[str, Any], chat: bool
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """The texts with their tokens' numbers, and the reply; the i-th has the seed + i."""
+        asked = body.get("messages") or body.get("prompt")
+        names = [f"arrival {len(self.bodies)}.{i}" for i in range(body.get("n", 1))]
+        if "seed" in body:
+            names = [str(body["seed"] + i) for i in range(len(names))]
+        tokens, choices = {}, []
+        for i, name in enumerate(names):
+            text, count, choice = self._completion(body, asked, name, chat)
+            tokens[text] = count
+            choices.append({"index": i} | choice)
+        prompt_tokens = len(asked if isinstance(asked, list) and not chat else json.dumps(asked))
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": sum(tokens.values())}
+        return tokens, {"object": "completion", "choices": choices, "usage": usage}
+
+    def _completion(
+        self, body: dict[str, Any], asked: Any, name: str, chat: bool
+    ) -> tuple[str, int, dict[str, Any]]:
+        """A text of its own, its number of tokens, and the choice that it is in."""
+        prompt = json.dumps(asked)
         digest = hashlib.blake2b(f"{prompt}\0{name}".encode(), digest_size=16).hexdigest()
         count = 2 + int(digest[:4], 16) % 7
         words = [f" {digest[:12]}", *(f" w{i}" for i in range(1, count))]
         text = "".join(words)
+        choice: dict[str, Any] = {"finish_reason": "stop", "logprobs": None}
+        if self.ids is not None:
+            token_ids = self.ids(text)
+            words, count = [f"token {i}" for i in token_ids], len(token_ids)
+            if body.get("return_token_ids"):
+                choice |= {"token_ids": token_ids, "prompt_token_ids": asked}
         logprobs = [-0.25 * (i + 1) for i in range(count)]
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "logprobs": None}
         if chat:
             choice["message"] = {"role": "assistant", "content": text}
             if body.get("logprobs"):
@@ -232,8 +303,7 @@ class StubUpstream:
             choice["text"] = text
             if body.get("logprobs") is not None:
                 choice["logprobs"] = _legacy_logprobs(words, logprobs, body["logprobs"])
-        usage = {"prompt_tokens": len(prompt), "completion_tokens": count}
-        return text, {"object": "completion", "choices": [choice], "usage": usage}
+        return text, count, choice
 
 
 def _chat_logprobs(words: list[str], logprobs: list[float], top: int) -> dict[str, Any]:

@@ -201,7 +201,7 @@ def test_no_room_for_any_prompt(write_config: WriteConfig) -> None:
         ("sampling.foo=1", "unknown key sampling.foo (known here: n, max_new_tokens"),
         ("train.learning_rate=fast", "train.learning_rate = 'fast': "),
         ("train.objective=ppo", "train.objective = 'ppo': "),
-        ("reward.model=x", "a reward is exactly one of `model`, `function` and `sum`"),
+        ("reward.model=x", "a reward is exactly one of `model`, `function`, `server` and `sum`"),
         ("sampling.n", "--set 'sampling.n': write it as key=value"),
     ],
 )

@@ -13,16 +13,20 @@ from hypothesis import strategies as st
 
 from bonbon.config import (
     OWN_METRICS,
+    LocalEngineConfig,
     ObjectiveName,
+    RayEngineConfig,
     RunConfig,
     TiltName,
-    flatten,
+    TransformersSamplerConfig,
+    VllmSamplerConfig,
     load_config,
     parse_config,
     round_config,
 )
 from bonbon.errors import BonbonError
 from bonbon.evaluation.drift import metrics_for
+from bonbon.settings import flatten
 
 MINIMAL: dict[str, Any] = {
     "model": {"name": "m"},
@@ -319,7 +323,9 @@ def test_a_baseline_may_be_named_like_an_objective_that_is_not_the_main_one() ->
     ],
 )
 def test_a_reward_is_of_exactly_one_kind(reward: dict[str, Any]) -> None:
-    assert "a reward is exactly one of `model`, `function` and `sum`" in complaint(reward=reward)
+    assert "a reward is exactly one of `model`, `function`, `server` and `sum`" in complaint(
+        reward=reward
+    )
 
 
 def test_a_sum_holds_weighted_rewards() -> None:
@@ -408,3 +414,59 @@ def test_flatten_names_every_leaf() -> None:
         "f.1.h": 3,
         "i": [4, 5],
     }
+
+
+# --- samplers, engines, servers -------------------------------------------------------------------
+
+
+def test_a_bare_name_is_a_kind_with_its_defaults() -> None:
+    config = parsed(sampler="vllm", engine="ray")
+    assert isinstance(config.sampler, VllmSamplerConfig)
+    assert config.sampler == VllmSamplerConfig()
+    assert config.engine == RayEngineConfig()
+    assert parsed().sampler == TransformersSamplerConfig()
+    assert parsed().engine == LocalEngineConfig()
+    pools = parsed("engine.samplers.max=4", engine={"name": "ray", "samplers": {"num_gpus": 0.5}})
+    assert isinstance(pools.engine, RayEngineConfig)
+    assert (pools.engine.samplers.max, pools.engine.samplers.num_gpus) == (4, 0.5)
+    bare = parsed("engine=ray", "engine.scorers.max=3", sampler="vllm")
+    assert isinstance(bare.engine, RayEngineConfig)
+    assert bare.engine.scorers.max == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sampler": "vlm"}, "sampler.name is one of 'transformers', 'vllm', 'openai'"),
+        ({"sampler": {"tensor_parallel_size": 2}}, "the key sampler.name is missing"),
+        (
+            {"sampler": {"name": "vllm", "tensor": 2}},
+            "unknown key sampler.tensor (known here: tensor_parallel_size, ",
+        ),
+        (
+            {"sampler": {"name": "openai", "retries": -1}},
+            "sampler.retries = -1: Input should be greater than or equal to 0",
+        ),
+        (
+            {"engine": {"name": "ray", "samplers": {"mx": 2}}},
+            "unknown key engine.samplers.mx (known here: min, max, num_cpus, num_gpus)",
+        ),
+        (
+            {"engine": {"name": "ray", "scorers": {"min": 3, "max": 2}}},
+            "engine.scorers = {'min': 3, 'max': 2}: min = 3 is more than max = 2",
+        ),
+        ({"reward": {"function": "a:f", "vllm": {}}}, "vllm says how `model` is run; name one"),
+        (
+            {"rounds": 2, "sampler": "openai"},
+            "a round draws from the last one's model, which no server has",
+        ),
+    ],
+)
+def test_wrong_samplers_and_engines_are_named(changes: dict[str, Any], said: str) -> None:
+    assert said in complaint(**changes)
+
+
+def test_rounds_keep_their_shards_apart_in_a_store() -> None:
+    config = parsed(rounds=3, storage="s3://bucket/run/")
+    assert round_config(config, 2, "m").storage == "s3://bucket/run/round-2"
+    assert round_config(parsed(rounds=3), 2, "m").storage is None

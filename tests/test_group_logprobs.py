@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -397,6 +398,11 @@ def test_distributed_models_chunk_and_share(
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         _, (values, gradients), sizes = directly_then_chunked(wrapped, monkeypatch, share_prompt)
+        # Its last reference to the group must not be dropped after the group has been left: the
+        # group's destructor then may wait for a thread that waits for Python.
+        del wrapped
+        gc.collect()
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
     assert max(sizes) <= 2_000

@@ -16,8 +16,10 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_the_configuration_is_one() -> None:
-    whole, evaluation = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    config = parse_config(yaml.safe_load(whole) | yaml.safe_load(evaluation))
+    parts = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    whole, evaluation, scaling = (yaml.safe_load(part) for part in parts)
+    config = parse_config(whole | evaluation | scaling)
+    assert (config.sampler.name, config.engine.name) == ("vllm", "ray")
     assert config.evaluation.judge is not None
     assert config.train.objective == "rank_regression"
 

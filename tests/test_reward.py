@@ -6,16 +6,30 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from bonbon.errors import BonbonError
 from bonbon.groups import Prompt, as_text
 from bonbon.reward import FunctionReward, RewardModel, WeightedSum, score_groups
-from conftest import CONTEXT, MakeGroup, build_tiny_reward_model, byte_tokenizer
+from bonbon.scoring import shared_beginnings
+from conftest import CONTEXT, EOS, MakeGroup, build_tiny_reward_model, byte_tokenizer
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"
 USER_CODE = """
@@ -239,6 +253,136 @@ def pair_types() -> object:
     return TemplateProcessing(
         single="<s>:0 $A:0", pair="<s>:0 $A:0 $B:1", special_tokens=[("<s>", 1)]
     )
+
+
+# --- shared beginnings ----------------------------------------------------------------------------
+
+STORY = "Once upon a time there was"
+SHARED_PROMPTS = [STORY] * 4 + ["Hi"] * 3 + ["A dog and a cat"] + [STORY] * 2
+SHARED_COMPLETIONS = [
+    *(" a cat.", "", " a cat and a dog", " a"),
+    *(" there", "", " 🐈"),
+    " sat",
+    *("", ""),
+]
+
+
+def classifier(kind: Any, **changes: Any) -> Any:
+    """A random float64 classifier of two layers over the byte tokenizer's tokens."""
+    values = {
+        "vocab_size": 259,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.5,
+        "num_labels": 1,
+        "pad_token_id": 0,
+        "eos_token_id": EOS,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = kind(**(values | changes))
+        return AutoModelForSequenceClassification.from_config(config).double().eval()
+
+
+def columns_read(model: Any) -> list[tuple[int, int]]:
+    """The shape of the tokens of each forward pass from now on."""
+    seen: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    return seen
+
+
+def plain_scores(reward: RewardModel, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Any]:
+    """Each row alone through the model, without any padding or cache."""
+    rows = [reward.encode(*pair) for pair in zip(prompts, texts, strict=True)]
+    with torch.no_grad():
+        return [reward.model(input_ids=torch.tensor([row])).logits.item() for row in rows]
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 40, 10_000])
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Config, GPT2Config], ids=lambda k: k.model_type)
+def test_a_shared_beginning_is_read_once(kind: Any, max_batch_tokens: int) -> None:
+    reward = RewardModel(classifier(kind), byte_tokenizer(), max_batch_tokens)
+    expected = plain_scores(reward, SHARED_PROMPTS, SHARED_COMPLETIONS)
+    read = columns_read(reward.model)
+    found = reward(SHARED_PROMPTS, SHARED_COMPLETIONS)
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    assert np.ptp(found) > 0.1
+    rows = [reward.encode(*pair) for pair in zip(SHARED_PROMPTS, SHARED_COMPLETIONS, strict=True)]
+    if max_batch_tokens == 1:  # or there would be padding
+        assert sum(count * width for count, width in read) < 0.7 * sum(map(len, rows))
+
+
+def test_a_model_that_only_looks_causal_is_found_out() -> None:
+    """Its configuration has no `is_causal`, and yet a token sees those behind it."""
+    reward = RewardModel(
+        classifier(GemmaConfig, use_bidirectional_attention=True, head_dim=8), byte_tokenizer(), 1
+    )
+    expected = plain_scores(reward, SHARED_PROMPTS, SHARED_COMPLETIONS)
+    found = reward(SHARED_PROMPTS, SHARED_COMPLETIONS)
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_shared_beginnings_where_the_end_token_pads(ended: bool) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    reward = RewardModel(classifier(LlamaConfig), tokenizer)
+    # The model looks for a row's last token that does not pad, so texts may end in the prompt.
+    texts = [text + "</s>" * ended for text in SHARED_COMPLETIONS]
+    expected = plain_scores(reward, SHARED_PROMPTS, texts)
+    np.testing.assert_allclose(reward(SHARED_PROMPTS, texts), expected, atol=1e-10)
+
+
+def test_shared_beginnings_of_chats_and_of_rows_that_are_cut() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    reward = RewardModel(classifier(LlamaConfig), tokenizer)
+    prompts: list[Prompt] = [DIALOGUE] * 4 + ["x" * 50] * 3
+    texts = ["", " there", " you", " again", " 1", " 2 and much more than fits", ""]
+    read = columns_read(reward.model)
+    found = reward(prompts, texts)
+    assert (1, len(reward.encode(DIALOGUE, "")) - 1) in read
+    np.testing.assert_allclose(found, plain_scores(reward, prompts, texts), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (MistralConfig, {"sliding_window": 8}),
+        (BertConfig, {}),
+        (LlamaConfig, {"is_causal": False}),
+    ],
+    ids=["window", "encoder", "bidirectional"],
+)
+def test_other_models_read_every_row_whole(kind: Any, changes: dict[str, Any]) -> None:
+    reward = RewardModel(classifier(kind, **changes), byte_tokenizer())
+    rows = [reward.encode(*pair) for pair in zip(SHARED_PROMPTS, SHARED_COMPLETIONS, strict=True)]
+    expected = plain_scores(reward, SHARED_PROMPTS, SHARED_COMPLETIONS)
+    read = columns_read(reward.model)
+    np.testing.assert_allclose(reward(SHARED_PROMPTS, SHARED_COMPLETIONS), expected, atol=1e-10)
+    assert sum(count for count, _ in read) == len(rows)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=5),
+    st.lists(st.integers(0, 2), max_size=6),
+)
+def test_a_beginning_is_common_and_leaves_each_row_a_token(
+    tails: list[list[int]], head: list[int]
+) -> None:
+    rows = [[*head, *tail] for tail in tails]
+    for found in shared_beginnings(["x"] * len(rows), rows, pad_id=0):
+        assert found.rows == tuple(range(len(rows)))
+        assert len({tuple(row[: found.length]) for row in rows}) == 1
+        assert all(any(row[found.length :]) for row in rows)
+        saved = (len(rows) - 1) * found.length
+        assert 4 * saved >= sum(map(len, rows))
 
 
 # --- encoding -------------------------------------------------------------------------------------

@@ -11,14 +11,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from transformers import LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DiffLlamaConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from bonbon.config import SamplingConfig
 from bonbon.decoding.source import LocalSource
 from bonbon.errors import BonbonError
+from bonbon.linear import fast_linear
 from bonbon.models import load_policy
 from bonbon.prompts import EncodedPrompt
-from bonbon.rows import Rows, completion_text, cut_at_stop
+from bonbon.rows import Rows, completion_text, cut_at_stop, draw_tokens
 from bonbon.sampling import TransformersSampler
 from conftest import EOS, byte_tokenizer, tiny_llama_config
 
@@ -171,6 +187,210 @@ def test_a_recurrent_model_cannot_select() -> None:
     rows.draw(1)
     with pytest.raises(BonbonError, match="best_of_n"):
         rows.select([0])
+
+
+# --- shared prompts -------------------------------------------------------------------------------
+
+
+def long_prompts(*lengths: int) -> list[EncodedPrompt]:
+    generator = np.random.default_rng(1)
+    ids = [(1, *generator.integers(3, VOCABULARY, length - 1).tolist()) for length in lengths]
+    return [EncodedPrompt(f"p{i}", "x", row) for i, row in enumerate(ids)]
+
+
+def drawn(sampler: TransformersSampler, prompts: list[EncodedPrompt], ks: list[range]) -> Any:
+    return [found.group for found in sampler.draw(prompts, ks)]
+
+
+@pytest.fixture
+def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows share their prompts even where it is not worth it."""
+    monkeypatch.setattr("bonbon.shared_prompts._LEAST_SAVED", 1)
+
+
+def without_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bonbon.shared_prompts._LEAST_SAVED", 2**62)
+
+
+def small(config: Any, **changes: Any) -> Any:
+    """A random float64 model of two layers over six tokens."""
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.5,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config(**(values | changes))).double().eval()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig,
+        Qwen2Config,
+        Qwen3Config,
+        MistralConfig,
+        GemmaConfig,
+        Phi3Config,
+        Olmo2Config,
+        GPT2Config,
+        GPTNeoXConfig,
+    ],
+)
+@pytest.mark.usefixtures("sharing")
+def test_rows_that_share_their_prompt_draw_what_others_do(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"sliding_window": None} if config is MistralConfig else {}
+    model = small(config, **changes)
+    # Uneven prompts and numbers, and rows that end before others.
+    prompts, ks = long_prompts(20, 33, 17), [range(5), range(2, 5), range(4)]
+    sampler = TransformersSampler(model, byte_tokenizer(), SamplingConfig(max_new_tokens=24))
+    assert Rows(sampler.decoder(), prompts, ks)._shared is not None
+    shared = drawn(sampler, prompts, ks)
+    without_sharing(monkeypatch)
+    for found, expected in zip(shared, drawn(sampler, prompts, ks), strict=True):
+        assert found.token_ids == expected.token_ids
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-10)
+    assert len({len(ids) for group in shared for ids in group.token_ids}) > 3
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (DiffLlamaConfig, {}),  # gives the attention other values than it caches
+        (
+            DeepseekV3Config,  # caches what keys and values are made of
+            {
+                "kv_lora_rank": 32,
+                "q_lora_rank": 16,
+                "num_key_value_heads": 4,
+                "first_k_dense_replace": 2,
+                "v_head_dim": 16,
+                "qk_rope_head_dim": 16,
+                "qk_nope_head_dim": 16,
+            },
+        ),
+        (NemotronConfig, {}),  # does not pass on what the attention needs
+    ],
+)
+@pytest.mark.usefixtures("sharing")
+def test_models_whose_attention_is_something_else_draw_as_before(
+    config: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small(config, **changes)
+    prompts, ks = long_prompts(20, 33), [range(3), range(4)]
+    sampler = TransformersSampler(model, byte_tokenizer(), SamplingConfig(max_new_tokens=6))
+    found = drawn(sampler, prompts, ks)
+    without_sharing(monkeypatch)
+    for group, expected in zip(found, drawn(sampler, prompts, ks), strict=True):
+        assert group.token_ids == expected.token_ids
+
+
+@pytest.mark.usefixtures("sharing")
+def test_a_window_keeps_rows_from_sharing() -> None:
+    model = small(MistralConfig, sliding_window=8)
+    sampler = TransformersSampler(model, byte_tokenizer(), SamplingConfig(max_new_tokens=4))
+    assert Rows(sampler.decoder(), long_prompts(20), [range(4)])._shared is None
+
+
+@pytest.mark.usefixtures("sharing")
+def test_shared_rows_can_be_selected_and_branched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(LlamaConfig)
+
+    def played() -> Rows:
+        source = source_of(model, n=6, max_new_tokens=12)
+        (prompt,) = long_prompts(24)
+        rows = source.start(prompt, 6)
+        for chosen in ([3, 0, 5, 1], [2, 0, 0, 3, 0], [4, 1]):
+            rows.draw(3)
+            rows.select(chosen)
+        rows.draw(12)
+        return rows
+
+    rows = played()
+    assert rows._shared is None  # all are done
+    shared = rows.group()
+    without_sharing(monkeypatch)
+    expected = played().group()
+    assert shared.token_ids == expected.token_ids
+    np.testing.assert_allclose(shared.logprobs, expected.logprobs, atol=1e-10)
+
+
+@pytest.mark.usefixtures("sharing")
+def test_a_prompt_is_held_once_and_freed_with_its_last_row() -> None:
+    model = small(LlamaConfig)
+    sampler = TransformersSampler(model, byte_tokenizer(), SamplingConfig(max_new_tokens=40))
+    rows = Rows(sampler.decoder(), long_prompts(20, 20, 20), [range(3)] * 3)
+    assert rows._shared is not None
+    assert rows._shared.layers[0][0].shape[:3] == (3, 2, 20)
+    held = []
+    while not all(rows.finished):
+        rows.draw(1)
+        rows.free_finished()
+        open_ = {i // 3 for i, done in enumerate(rows.finished) if not done}
+        if open_:
+            assert rows._shared is not None
+            held.append(len(rows._shared.layers[0][0]))
+            assert held[-1] == len(open_)
+    assert held[-1] < 3
+    assert rows._shared is None
+
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tokens_are_the_inverse_cdf(vocabulary: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(500, vocabulary, generator=generator, dtype=dtype)
+    logits[:, ::3] = -torch.inf
+    if vocabulary == 1:
+        logits[:] = 0.0
+    log_probs = logits.log_softmax(-1)
+    uniforms = torch.rand(500, generator=generator, dtype=torch.float64)
+    cdf = np.cumsum(log_probs.double().exp().numpy(), axis=-1)
+    cdf /= cdf[:, -1:]
+    expected = [np.searchsorted(row, u, side="right") for row, u in zip(cdf, uniforms, strict=True)]
+    found = draw_tokens(log_probs, uniforms)
+    agree = (found.numpy() == np.array(expected)).mean()
+    assert agree == 1 if dtype == torch.float64 else agree > 0.995
+    edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64).repeat(250)
+    drawn_there = draw_tokens(log_probs, edges)
+    assert bool(log_probs.gather(-1, drawn_there[:, None]).isfinite().all())
+
+
+class Doubled(torch.nn.Linear):
+    """A subclass, whose forward is its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fast_linear_layers_compute_the_same_and_are_put_back(bias: bool) -> None:
+    layers = [torch.nn.Linear(96, 160, bias=bias), Doubled(160, 160, bias=bias)]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(160, 4, bias=bias))
+    inputs = torch.randn(5, 11, 96)
+    with torch.inference_mode():
+        expected = [model(inputs), model(inputs[:1, :1])]
+        with fast_linear(model), fast_linear(model):
+            replaced = ["forward" in vars(layer) for layer in model]
+            found = [model(inputs), model(inputs[:1, :1])]
+    assert replaced in ([True, False, False], [False] * 3)  # as the processor is
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not any("forward" in vars(layer) for layer in model)
 
 
 # --- stop strings ---------------------------------------------------------------------------------

@@ -24,15 +24,16 @@ from bonbon.decoding.catalogue import STRATEGIES, parse_strategy
 from bonbon.decoding.strategy import Cost, Floats, Source, Strategy, WholeDraws, one_hot
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
-from bonbon.serve import upstream, upstream_client
+from bonbon.remote import client as remote_client
+from bonbon.remote.client import FaultError
+from bonbon.remote.protocol import read_offer
+from bonbon.serve import upstream
 from bonbon.serve.backend import Answer, BackendError, Job, TokenLogprob
 from bonbon.serve.upstream import UpstreamBackend
-from bonbon.serve.upstream_client import UpstreamConfig
+from bonbon.serve.upstream_client import UpstreamClient, UpstreamConfig
 from bonbon.serve.upstream_protocol import (
-    FaultError,
     candidate_seed,
     read_logprobs,
-    read_offer,
     read_reply,
     request_body,
     spent_on,
@@ -46,8 +47,8 @@ T = TypeVar("T")
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_client, "_FIRST_PAUSE", 0.005)
-    monkeypatch.setattr(upstream_client, "_LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(remote_client, "_FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(remote_client, "_LONGEST_PAUSE", 0.05)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -495,13 +496,13 @@ def test_an_upstream_that_repeats_the_key_does_not_give_it_away(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     client = run(_client())
-    response = upstream_client.httpx.Response(400, json={"error": {"message": f"bad {KEY}"}})
+    response = remote_client.httpx.Response(400, json={"error": {"message": f"bad {KEY}"}})
     error = client._refusal(400, response)
     assert error.message == "bad [key]"
 
 
-async def _client() -> upstream_client.UpstreamClient:
-    return upstream_client.UpstreamClient(UpstreamConfig())
+async def _client() -> UpstreamClient:
+    return UpstreamClient(UpstreamConfig())
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://u:p@host/v1", "http://h/v1?key=1", ""])
@@ -624,7 +625,7 @@ def test_a_model_that_is_set_needs_no_list(fault: str, monkeypatch: pytest.Monke
 
 
 def test_models_that_do_not_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upstream_client, "_GET_SECONDS", 0.2)
+    monkeypatch.setattr(remote_client, "_GET_SECONDS", 0.2)
 
     async def test(stub: StubUpstream, backend: UpstreamBackend) -> None:
         stub.models_fault = "slow"

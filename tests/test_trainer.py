@@ -738,8 +738,40 @@ def test_rewards_that_differ_in_the_last_digit_are_ranked(
         ({"n": math.inf}, "n must be above 1 and at most 10000, got inf"),
         ({"n": math.nan}, "n must be above 1 and at most 10000, got nan"),
         ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1, got 0"),
+        ({"global_batch_size": 0}, "global_batch_size must be at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, setting: dict[str, Any], message: str) -> None:
     with pytest.raises(BonbonError, match=message):
         BoNBoNConfig(str(tmp_path), **setting)
+
+
+def test_an_adapter_begins_the_same_whatever_was_drawn_before(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    begun = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        begun.append(weights(trainer_of(tiny_model, tmp_path, groups, peft_config=lora)))
+    assert_same(*begun, atol=0)
+
+
+def test_uneven_batches_weigh_every_group_the_same(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    """Two batches, of 11 groups and of 5, train as one of all 16."""
+    plain: dict[str, Any] = {"optim": "sgd", "learning_rate": 1e-6, "max_grad_norm": 1e9}
+    split = {"global_batch_size": 11, "gradient_accumulation_steps": 2}
+    large = trainer_of(tiny_model, tmp_path / "a", groups, global_batch_size=16, **plain)
+    small = trainer_of(tiny_model, tmp_path / "b", groups, **plain, **split)
+    before = weights(large)
+    large.train()
+    small.train()
+    assert large.state.global_step == small.state.global_step == 1
+    after = weights(large)
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert moved > 1e-5
+    assert_same(after, weights(small), atol=2e-3 * moved)

@@ -1,6 +1,6 @@
 """The backend in front of a true vLLM server, on the demo's story model.
 
-Needs a Python with vLLM (`scripts/setup_vllm.sh`); BONBON_VLLM_PYTHON names another one.
+Needs a Python with vLLM, which `make test-vllm` sees to; BONBON_VLLM_PYTHON names another one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from bonbon.serve.backend import Answer, BackendError, Job
 from bonbon.serve.upstream import UpstreamBackend
 from bonbon.serve.upstream_client import UpstreamConfig
 
-REPO = Path(__file__).resolve().parent.parent
 PROMPTS = [
     "Once upon a time, there was a cat who",
     "One day, a parrot flew in and said,",
@@ -60,10 +59,16 @@ class Server:
         self.process.wait()
 
 
+def vllm_python() -> Path:
+    """Where `scripts/setup_vllm.sh` puts it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("BONBON_VLLM_ENV") or Path(cache) / "bonbon" / "vllm-env"
+    return Path(os.environ.get("BONBON_VLLM_PYTHON") or Path(folder) / "bin" / "python")
+
+
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    default = REPO / ".venv-vllm" / "bin" / "python"
-    python = Path(os.environ.get("BONBON_VLLM_PYTHON", default))
+    python = vllm_python()
     if not python.exists():
         pytest.skip(f"there is no {python}; scripts/setup_vllm.sh makes it")
     with socket.socket() as probe:

@@ -14,6 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bonbon.distributed import (
+    is_main_process,
+    let_the_main_process_speak,
+    process_count,
+    refuse_several_processes,
+)
 from bonbon.errors import BonbonError
 
 if TYPE_CHECKING:
@@ -36,6 +42,13 @@ Set = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. sampling.n=4."),
 ]
 PromptColumn = Annotated[str | None, typer.Option(help="The column that holds the prompts.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Sample and score on this Ray cluster (`auto`: the one of this machine's node).",
+    ),
+]
 PlotPath = Annotated[Path | None, typer.Option(help="Draw it into this file (PNG, SVG, PDF).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OnLongPrompt = Annotated[
@@ -49,10 +62,12 @@ def _reported() -> Iterator[None]:
     try:
         yield
     except BonbonError as error:
+        let_the_main_process_speak()
         print(f"bonbon: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        print("bonbon: stopped; the same command goes on from here", file=sys.stderr)
+        if is_main_process():
+            print("bonbon: stopped; the same command goes on from here", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -66,11 +81,14 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in (None, "train"):
+        with _reported():
+            refuse_several_processes(str(context.invoked_subcommand))
 
 
 def _add_stage(name: str, summary: str, show: Callable[[RunFolder, Any], None]) -> None:
@@ -83,11 +101,29 @@ def _add_stage(name: str, summary: str, show: Callable[[RunFolder, Any], None]) 
         prompt_column: PromptColumn = None,
         on_long_prompt: OnLongPrompt = None,
     ) -> None:
+        on_ray(config, out, set_, prompt_column, on_long_prompt)
+
+    def on_ray(
+        config: ConfigPath,
+        out: Out,
+        set_: Set = None,
+        prompt_column: PromptColumn = None,
+        on_long_prompt: OnLongPrompt = None,
+        ray_address: RayAddress = None,
+    ) -> None:
         with _reported():
             settings = _settings(config, set_, prompt_column, on_long_prompt)
+            if ray_address is not None:
+                settings = _on_ray(settings, ray_address)
             show(*_stage(settings, out, name))
 
-    app.command(name, help=summary)(command)
+    has_workers = name in ("run", "sample", "score")
+    app.command(name, help=summary)(on_ray if has_workers else command)
+
+
+def _say_model(folder: RunFolder, _: Any) -> None:
+    if is_main_process():
+        print(f"model: {folder.model(folder.config.model_name)}")
 
 
 _add_stage(
@@ -108,7 +144,7 @@ _add_stage(
 _add_stage(
     "train",
     "Fine-tune on OUT/groups, into OUT/model.",
-    lambda folder, _: print(f"model: {folder.model(folder.config.model_name)}"),
+    _say_model,
 )
 _add_stage(
     "evaluate",
@@ -190,8 +226,8 @@ def generate(
     reward_weighted_vote, adaptive_n. Their settings: --set strategy.alpha=0.5.
     """
     with _reported():
-        from bonbon.config import read_yaml
         from bonbon.decoding.settings import parse_generate_config, with_named
+        from bonbon.settings import read_yaml
 
         found = {} if config is None else read_yaml(config)
         if prompt and (out is not None or prompts is not None):
@@ -238,10 +274,10 @@ def serve(
 ) -> None:
     """Serve best-of-n behind OpenAI's API, from a loaded model or in front of another server."""
     with _reported():
-        from bonbon.config import read_yaml
         from bonbon.decoding.settings import with_named
         from bonbon.serve.command import parse_serve_settings
         from bonbon.serve.command import serve as start
+        from bonbon.settings import read_yaml
 
         found = {} if config is None else read_yaml(config)
         options = {
@@ -260,7 +296,7 @@ def serve(
 @app.command("fit-beta")
 def fit_beta(
     groups: Annotated[
-        Path, typer.Argument(metavar="GROUPS", help="A folder of scored groups with a gold metric.")
+        str, typer.Argument(metavar="GROUPS", help="A folder of scored groups with a gold metric.")
     ],
     strategy: Annotated[str, typer.Option("--strategy", help="One that weighs by β (or τ).")],
     by: Annotated[str, typer.Option("--by", help="The metric that holds the gold values.")],
@@ -281,10 +317,11 @@ def fit_beta(
     with _reported():
         from bonbon.decoding.console import show_fitted
         from bonbon.decoding.fitting import fit_on_folder
+        from bonbon.storage import storage_path
 
         if model is not None:
             _quiet_libraries()
-        fitted = fit_on_folder(groups, strategy, set_ or [], by, field, model)
+        fitted = fit_on_folder(storage_path(groups), strategy, set_ or [], by, field, model)
         if as_json:
             print(json.dumps(asdict(fitted), indent=2))
         else:
@@ -294,9 +331,11 @@ def fit_beta(
 @app.command()
 def plan(
     groups: Annotated[
-        Path, typer.Argument(metavar="GROUPS", help="A pilot: a folder of scored groups.")
-    ],
-    win_rate: Annotated[float, typer.Option("--win-rate", help="The one that is wanted.")],
+        str | None, typer.Argument(metavar="GROUPS", help="A pilot: a folder of scored groups.")
+    ] = None,
+    win_rate: Annotated[
+        float | None, typer.Option("--win-rate", help="The one that is wanted.")
+    ] = None,
     by: Annotated[
         str | None, typer.Option("--by", help="A metric that decides a win in the reward's place.")
     ] = None,
@@ -304,11 +343,27 @@ def plan(
     tokens_per_second: Annotated[
         float | None, typer.Option(help="How fast completions are drawn; else as the pilot's were.")
     ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(metavar="YAML", help="Simulate this cluster: hours, idle GPUs and cost."),
+    ] = None,
     plot: PlotPath = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which n reaches a wanted win rate, at what KL and cost, from a small pilot."""
+    """Which n reaches a wanted win rate, at what KL and cost; and how to share a cluster's GPUs."""
     with _reported():
+        from bonbon.storage import storage_path
+
+        pilot = None if groups is None else storage_path(groups)
+        if cluster is not None:
+            if plot is not None or tokens_per_second is not None:
+                raise BonbonError("--plot and --tokens-per-second do not go with --cluster")
+            from bonbon.cluster_plan.shown import show
+
+            show(cluster, pilot, win_rate, by, max_n, as_json)
+            return
+        if pilot is None or win_rate is None:
+            raise BonbonError("plan needs GROUPS, a pilot's folder, and --win-rate; or --cluster")
         from bonbon.groups import read_groups
         from bonbon.plan import plan as make_plan
         from bonbon.plan import plan_sentences, plan_table, sampling_speed_beside
@@ -318,8 +373,8 @@ def plan(
             check_plot_path(plot)
         speed = tokens_per_second
         if speed is None:
-            speed = sampling_speed_beside(groups)
-        planned = make_plan(read_groups(groups), win_rate, by, max_n, speed)
+            speed = sampling_speed_beside(pilot)
+        planned = make_plan(read_groups(pilot), win_rate, by, max_n, speed)
         if as_json:
             print(json.dumps(asdict(planned), indent=2))
         else:
@@ -402,6 +457,15 @@ def _settings(
     return load_config(path, _changes(overrides, column, on_long_prompt))
 
 
+def _on_ray(settings: RunConfig, address: str) -> RunConfig:
+    """The same run on a Ray cluster."""
+    from bonbon.config import RayEngineConfig
+
+    engine = settings.engine
+    ray = engine if isinstance(engine, RayEngineConfig) else RayEngineConfig()
+    return settings.model_copy(update={"engine": ray.model_copy(update={"address": address})})
+
+
 def _changes(
     overrides: list[str] | None, column: str | None, on_long_prompt: str | None
 ) -> list[str]:
@@ -446,6 +510,8 @@ def _quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if process_count() > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP gives each its advice
     warnings.filterwarnings("ignore", category=FutureWarning)
     from transformers.utils import logging
 
@@ -476,6 +542,7 @@ def _show(folder: RunFolder, results: Evaluation | None, more: str = "") -> None
     from rich.console import Console
 
     from bonbon.report import write_report
+    from bonbon.storage import is_remote
     from bonbon.summary import results_table
 
     assert results is not None
@@ -491,7 +558,7 @@ def _show(folder: RunFolder, results: Evaluation | None, more: str = "") -> None
         "figures": folder.evaluation / "evaluation.json",
         "report": write_report(folder.path),
     }
-    places = {name: path for name, path in places.items() if path.exists()}
+    places = {name: path for name, path in places.items() if is_remote(path) or path.exists()}
     if more:
         print(f"{more}\n")
     width = max(map(len, places))

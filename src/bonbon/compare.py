@@ -23,6 +23,7 @@ from bonbon.evaluation.stage import evaluate_policies, write_evaluation
 from bonbon.groups import shard_paths
 from bonbon.prompts import PromptRow
 from bonbon.run_folder import RunFolder
+from bonbon.stage_settings import drawn_by
 from bonbon.stages import evaluation_prompts, load_prompts
 
 _DECODINGS = "best-of-N, temperature=T, top_p=P, top_k=K"
@@ -98,7 +99,7 @@ def comparison_config(
             "no policy is a run's folder, so nothing says what prompts and which reward to compare "
             "on; give --config run.yaml"
         )
-    return load_config(found, overrides)
+    return load_config(found, overrides).model_copy(update={"storage": None})  # of a run's shards
 
 
 def compare(folder: RunFolder, specs: Sequence[PolicySpec]) -> Evaluation:
@@ -189,7 +190,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     else:
         values["prompts"] = config.prompts.model_dump(mode="json")
         values["prompts"]["content"] = file_digest(config.prompts.path)
-    return values | {"n": config.target_n}
+    return values | {"n": config.target_n} | drawn_by(config)
 
 
 def _policy_settings(policy: Policy) -> dict[str, Any]:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from bonbon.errors import BonbonError
+from bonbon.settings import Settings, named, parse_settings, read_yaml
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 ObjectiveName = Literal[
@@ -55,16 +53,7 @@ def _is_name(text: str) -> bool:
 
 def is_policy_name(text: str) -> bool:
     """Whether the evaluation can call a policy so: it keeps what it draws in folders of endings."""
-    return _is_name(text) and not text.endswith(("-samples", "-forward"))
-
-
-Kind = TypeVar("Kind", bound="Settings")
-
-
-class Settings(BaseModel):
-    """Checked, immutable settings; unknown keys, NaN and infinities are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    return _is_name(text) and not text.endswith(("-prompts", "-samples", "-forward"))
 
 
 class ModelConfig(Settings):
@@ -106,12 +95,84 @@ class SamplingConfig(Settings):
         return self.top_k > 0 or self.top_p < 1
 
 
+# --- what draws -----------------------------------------------------------------------------------
+
+
+class VllmSettings(Settings):
+    """How vLLM runs a model (https://docs.vllm.ai: the names are those of `vllm.LLM`)."""
+
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share each layer")
+    pipeline_parallel_size: int = Field(1, ge=1, description="GPUs that share the layers")
+    data_parallel_size: int = Field(1, ge=1, description="copies of the model")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    max_model_len: int | None = Field(None, ge=2, description="None: the model's own context")
+    engine: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of vllm.LLM, as they are"
+    )
+
+
+class TransformersSamplerConfig(Settings):
+    """Draw with the model in this process, by transformers."""
+
+    name: Literal["transformers"] = "transformers"
+
+
+class VllmSamplerConfig(VllmSettings):
+    """Draw with vLLM's offline engine."""
+
+    name: Literal["vllm"] = "vllm"
+
+
+class ServerSettings(Settings):
+    """An OpenAI-compatible server, and how it is asked."""
+
+    base_url: str = Field("http://127.0.0.1:8000/v1", description="up to /completions")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY", description="the environment variable that holds the key, if one is set"
+    )
+    model: str | None = Field(None, description="the server's name for it; None: its only one")
+    timeout: float = Field(120.0, gt=0, description="seconds that a try may take")
+    deadline: float = Field(600.0, gt=0, description="seconds of a request, tries and all")
+    retries: int = Field(8, ge=0, description="of a request, with growing pauses")
+    concurrency: int = Field(64, ge=1, description="requests at a time")
+
+
+class OpenAISamplerConfig(ServerSettings):
+    """Draw from a server."""
+
+    name: Literal["openai"] = "openai"
+
+
+SamplerConfig = Annotated[
+    Annotated[
+        TransformersSamplerConfig | VllmSamplerConfig | OpenAISamplerConfig,
+        Field(discriminator="name"),
+    ],
+    BeforeValidator(named),
+]
+
+# --- what scores ----------------------------------------------------------------------------------
+
+
+class RewardServerConfig(ServerSettings):
+    """A server that scores: a reward model behind one of vLLM's routes."""
+
+    api: Literal["pooling", "classify", "score"] = Field("pooling", description="the route")
+    tokenizer: str | None = Field(
+        None,
+        description="the model's folder or hub id: its tokens are sent to pooling and classify; "
+        "None: the server tokenises",
+    )
+
+
 class RewardConfig(Settings):
-    """A reward: exactly one of a model, a Python function, or a weighted sum of rewards."""
+    """A reward: exactly one of a model, a function, a server, or a weighted sum of rewards."""
 
     model: str | None = Field(None, description="a sequence-classification model with one output")
     function: str | None = Field(None, description="package.module:function")
+    server: RewardServerConfig | None = None
     sum: tuple[RewardConfig, ...] | None = None
+    vllm: VllmSettings | None = Field(None, description="run `model` by vLLM; None: transformers")
     weight: float = Field(1.0, description="as a part of a sum")
     revision: str | None = None
     dtype: DType = "auto"
@@ -121,10 +182,55 @@ class RewardConfig(Settings):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        kinds = [kind for kind in (self.model, self.function, self.sum) if kind]
+        kinds = [kind for kind in (self.model, self.function, self.server, self.sum) if kind]
         if len(kinds) != 1:
-            raise ValueError("a reward is exactly one of `model`, `function` and `sum`")
+            raise ValueError("a reward is exactly one of `model`, `function`, `server` and `sum`")
+        if self.vllm is not None and self.model is None:
+            raise ValueError("vllm says how `model` is run; name one")
         return self
+
+
+# --- where it runs --------------------------------------------------------------------------------
+
+
+class PoolConfig(Settings):
+    """Workers of one kind: as many as there is work for, between `min` and `max`."""
+
+    min: int = Field(1, ge=1)
+    max: int = Field(1, ge=1)
+    num_cpus: float = Field(1.0, ge=0, description="of each worker")
+    num_gpus: float = Field(0.0, ge=0, description="of each worker; a fraction shares a GPU")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min = {self.min} is more than max = {self.max}")
+        return self
+
+
+class LocalEngineConfig(Settings):
+    """Sample and score in this process."""
+
+    name: Literal["local"] = "local"
+
+
+class RayEngineConfig(Settings):
+    """Sample and score by Ray's workers, both at a time."""
+
+    name: Literal["ray"] = "ray"
+    address: str | None = Field(None, description="of a cluster; None: one on this machine")
+    samplers: PoolConfig = PoolConfig()
+    scorers: PoolConfig = PoolConfig()
+    tries: int = Field(3, ge=1, description="of a prompt that fails or kills its worker")
+    max_dead_letters: int = Field(100, ge=0, description="prompts set aside before the run ends")
+
+
+EngineConfig = Annotated[
+    Annotated[LocalEngineConfig | RayEngineConfig, Field(discriminator="name")],
+    BeforeValidator(named),
+]
+
+# --- training -------------------------------------------------------------------------------------
 
 
 class LoraSettings(Settings):
@@ -135,6 +241,9 @@ class LoraSettings(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
     merge: bool = Field(False, description="save whole weights with the adapter merged in")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="of the frozen weights, by bitsandbytes (QLoRA)"
+    )
 
 
 class TrainConfig(Settings):
@@ -149,7 +258,7 @@ class TrainConfig(Settings):
     n: float | None = Field(None, gt=1, le=LARGEST_N, description="aimed at; None: sampling.n")
     learning_rate: float = Field(5e-7, gt=0)
     epochs: float = Field(1.0, gt=0)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(16, ge=1, description="groups a step, over all processes")
     gradient_accumulation_steps: int = Field(1, ge=1)
     alpha: float = Field(0.005, ge=0, le=1)
     beta: float = Field(0.1, gt=0, description="of the dpo and ipo baselines")
@@ -165,6 +274,11 @@ class TrainConfig(Settings):
     bf16: bool = Field(False, description="compute in bfloat16 (autocast)")
     gradient_checkpointing: bool = False
     share_prompt: bool | None = None
+    logprobs: Literal["recompute", "sampled"] | None = Field(
+        None,
+        description="the base model's: computed anew before training, or those of the draws; "
+        "None: anew where another engine drew",
+    )
     max_batch_tokens: int | None = Field(None, ge=1, description="a pass; None: by the device")
     kl_budget: float | None = Field(
         None, gt=0, description="nats; go back towards the base until the measured KL is within it"
@@ -284,7 +398,15 @@ class RunConfig(Settings):
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
+    sampler: SamplerConfig = TransformersSamplerConfig()
     reward: RewardConfig
+    engine: EngineConfig = LocalEngineConfig()
+    storage: str | None = Field(
+        None,
+        min_length=1,
+        description="where samples and groups go: a folder or s3://…, gs://…, hdfs://…; None: the "
+        "run's folder",
+    )
     rounds: int = Field(
         1, ge=1, description="sample, score and train this often, each time from the last model"
     )
@@ -326,6 +448,11 @@ class RunConfig(Settings):
                 "train.kl_budget would hold for each of the rounds and not for all of them; leave "
                 "it out, or set rounds to 1"
             )
+        if self.sampler.name == "openai":
+            raise ValueError(
+                "a round draws from the last one's model, which no server has; set sampler to "
+                "transformers or vllm"
+            )
         if self.train.tilt == "optimal":
             raise ValueError(
                 "rounds compose for best-of-n (a best-of-a of a best-of-b) and not for the optimal "
@@ -363,12 +490,14 @@ def round_config(config: RunConfig, number: int, base: Path | str) -> RunConfig:
     n = whole if abs(n - whole) < 1e-9 else n  # 8^(1/3) is not 2 in floating point
     tilt = config.train.tilt or "best_of_n"
     seeds = {"seed": config.sampling.seed + number - 1}
+    storage = config.storage and f"{config.storage.rstrip('/')}/round-{number}"
     return config.model_copy(
         update={
             "rounds": 1,
             "model": config.model.model_copy(update={"name": str(base)}),
             "sampling": config.sampling.model_copy(update=seeds),
             "train": config.train.model_copy(update={"n": n, "tilt": tilt}),
+            "storage": storage,
             "baselines": config.baselines if number == 1 else {},
         }
     )
@@ -382,124 +511,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(read_yaml(path), overrides, source=str(path))
 
 
-def read_yaml(path: Path) -> Any:
-    """The plain values of a YAML file. Raises BonbonError when it cannot be read."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BonbonError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BonbonError(f"the configuration {path} is not UTF-8") from error
-    return _yaml(text, str(path))
-
-
 def parse_config(
     values: Any, overrides: Sequence[str] = (), source: str = "the configuration"
 ) -> RunConfig:
     """A checked configuration from plain values. Raises BonbonError as `load_config` does."""
     return parse_settings(RunConfig, values, overrides, source)
-
-
-def parse_settings(
-    kind: type[Kind], values: Any, overrides: Sequence[str] = (), source: str = "the configuration"
-) -> Kind:
-    """Checked settings of any kind from plain values, `key=value` overrides applied.
-
-    Raises BonbonError naming the wrong key or value and what was expected.
-    """
-    if not isinstance(values, dict):
-        found = "it is empty" if values is None else "it has none"
-        raise BonbonError(f"{source}: expected keys such as model, prompts, reward; {found}")
-    values = parse_overrides(overrides, values)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise BonbonError(f"{source}: {'; '.join(_explain(kind, error))}") from error
-
-
-def parse_overrides(
-    overrides: Sequence[str], values: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """Plain values with `key=value` overrides set in them; BonbonError for any other form."""
-    changed = dict(values or {})
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise BonbonError(f"--set {override!r}: write it as key=value, e.g. sampling.n=4")
-        _set(changed, key.split("."), _yaml(value, f"--set {override}"), override)
-    return changed
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a text; here it is a number, as everyone means it. "1e-4" is not."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise BonbonError(f"{source} is not YAML: {error}") from error
-
-
-def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        inner = values.get(key)
-        if inner is not None and not isinstance(inner, dict):
-            raise BonbonError(f"--set {override!r}: {key} has no keys of its own")
-        values[key] = dict(inner or {})
-        values = values[key]
-    values[keys[-1]] = value
-
-
-def _explain(root: type[BaseModel], error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            known = ", ".join(_known_keys(root, problem["loc"]))
-            yield f"unknown key {where} (known here: {known})"
-        elif problem["type"] == "missing":
-            yield f"the key {where} is missing"
-        elif where:
-            yield f"{where} = {problem['input']!r:.60}: {message}"
-        else:
-            yield message
-
-
-def _known_keys(root: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    kind: Any = root
-    for part in location[:-1]:
-        field = kind.model_fields.get(part) if hasattr(kind, "model_fields") else None
-        kind = _settings_class(field.annotation) if field is not None else kind
-    return list(kind.model_fields)
-
-
-def _settings_class(annotation: Any) -> Any:
-    """The settings class inside an annotation such as `X | None` or `dict[str, X]`."""
-    for inner in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            return inner
-    return RewardConfig if "RewardConfig" in str(annotation) else TrainConfig
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}, for naming what differs between two configurations.
-
-    The mappings of a list are numbered: {"a": [{"b": 1}]} is {"a.0.b": 1}.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            value = {str(index): item for index, item in enumerate(value)}
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -1,7 +1,8 @@
 """OpenAI-compatible endpoints: whether one may be asked, and how to read what it says.
 
-What the judge (`bonbon.judge`) and the server in front of another one (`bonbon.serve.upstream`)
-share. The options that errors name are `SECTION.base_url` and `SECTION.api_key_env`.
+What the judge (`bonbon.judge`), samplers and rewards behind a server (`bonbon.remote`), and
+the server in front of another one (`bonbon.serve.upstream`) share. The options that errors name are
+`SECTION.base_url` and `SECTION.api_key_env`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ _SHORTEST_SECRET = 8  # shorter ones ("EMPTY", "x") only fill the place of a key
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An address that may be asked, and the key for it ("" where none is set)."""
+    """An address that may be asked, and the key for it ("" where none is set).
+
+    `api_key_env` names the environment variable that the key was looked for in.
+    """
 
     base_url: str
     secret: str = field(repr=False)
     local: bool
+    api_key_env: str
 
     def url(self, path: str) -> str:
         """Where requests to `path` go."""
@@ -56,7 +61,7 @@ def checked_endpoint(base_url: str, api_key_env: str, section: str) -> Endpoint:
             f"the key in {api_key_env} would go unencrypted to {base_url}; use an https address, a "
             f"tunnel to this machine, or name another variable in {section}.api_key_env"
         )
-    return Endpoint(base_url, secret, local)
+    return Endpoint(base_url, secret, local, api_key_env)
 
 
 def checked_address(base_url: str, section: str) -> httpx.URL:

@@ -14,5 +14,9 @@ class BonbonError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+class UnavailableError(BonbonError):
+    """What every prompt needs cannot be used now, such as a server: no prompt's fault."""
+
+
 class UserCodeError(BonbonError):
     """A function of the user's own failed; the message may hold all that the function knows."""

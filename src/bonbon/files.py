@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from bonbon.errors import BonbonError
+from bonbon.storage import cannot_write, is_remote, reached, uploaded
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it into place.
 
-    Raises BonbonError when the folder cannot be written.
+    For a remote `path` (`bonbon.storage`) it is a local one, which is uploaded on success. Raises
+    BonbonError when the folder cannot be written.
     """
+    if is_remote(path):
+        with uploaded(path) as temporary:
+            yield temporary
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,9 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _fsync(path.parent)
     except OSError as error:
-        raise BonbonError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that can be written"
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):  # or it would hide why the file cannot be written
             temporary.unlink()
@@ -71,6 +75,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; BonbonError names the file when it cannot be read or parsed."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with reached(path, "read"):
+            return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BonbonError(f"cannot read {path}: {error}") from error

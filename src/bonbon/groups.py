@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
@@ -32,6 +33,7 @@ import pyarrow.parquet as pq
 
 from bonbon.errors import BonbonError
 from bonbon.files import atomic_path
+from bonbon.storage import is_remote, reached, storage_path
 
 SCHEMA_VERSION = 1
 _METADATA_KEY = b"bonbon"
@@ -185,7 +187,10 @@ def shard_path(folder: Path, index: int) -> Path:
 
 def shard_paths(folder: Path) -> list[Path]:
     """The finished shards of a data set, in order."""
-    return sorted(folder.glob("shard-*.parquet"))
+    with reached(folder, "read"):
+        if is_remote(folder) and not folder.is_dir():  # object stores have no empty folders
+            return []
+        return sorted(folder.glob("shard-*.parquet"))
 
 
 def shard_indices(folder: Path) -> list[int]:
@@ -213,20 +218,16 @@ def write_shard(path: Path, groups: Sequence[Group], provenance: Mapping[str, An
 
 def read_shard(path: Path) -> Groups:
     """Read one shard. Raises BonbonError when it is not a Parquet file of groups."""
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise BonbonError(f"cannot read {path} as Parquet: {error}") from error
+    with _opened(path) as file:
+        table = file.read()
     provenance = _provenance(path, table.schema.metadata)
     return Groups([Group.from_row(row) for row in table.to_pylist()], provenance)
 
 
 def shard_provenance(path: Path) -> dict[str, Any]:
     """A shard's provenance, without reading its groups. Raises BonbonError as `read_shard` does."""
-    try:
-        return _provenance(path, pq.read_schema(path).metadata)
-    except (OSError, pa.ArrowException) as error:
-        raise BonbonError(f"cannot read {path} as Parquet: {error}") from error
+    with _opened(path) as file:
+        return _provenance(path, file.schema_arrow.metadata)
 
 
 def _provenance(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
@@ -241,8 +242,15 @@ def _provenance(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str,
 
 def shard_rows(path: Path) -> int:
     """The number of groups in a shard, without reading them."""
+    with _opened(path) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        return int(pq.read_metadata(path).num_rows)
+        with reached(path, "read"), path.open("rb") as source, pq.ParquetFile(source) as file:
+            yield file
     except (OSError, pa.ArrowException) as error:
         raise BonbonError(f"cannot read {path} as Parquet: {error}") from error
 
@@ -254,7 +262,7 @@ def iter_shards(folder: Path) -> Iterator[Groups]:
 
 def read_groups(folder: Path | str) -> Groups:
     """Read a whole data set. Raises BonbonError when there is none, or when an id occurs twice."""
-    shards = list(iter_shards(Path(folder)))
+    shards = list(iter_shards(storage_path(folder)))
     if not shards:
         raise BonbonError(f"no groups in {folder}: it has no shard-*.parquet files")
     groups = Groups([group for shard in shards for group in shard], shards[0].provenance)

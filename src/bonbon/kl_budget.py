@@ -29,6 +29,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.config import SamplingConfig
+from bonbon.distributed import from_main_process
 from bonbon.errors import BonbonError
 from bonbon.evaluation import completion_kls
 from bonbon.prompts import EncodedPrompt
@@ -141,7 +142,8 @@ class KLBudgetCallback(TrainerCallback):
         state.log_history.append({"step": state.global_step, "kl_budget_share": kept})
 
     def _measure(self, model: Any, share: float, state: TrainerState) -> MeasuredKL:
-        kl = self.meter(model)
+        # In one process, or differences in the last digit could part the processes' ways.
+        kl = from_main_process(lambda: self.meter(model))
         if not math.isfinite(kl.value):
             raise BonbonError("the training diverged: its KL is not finite; lower learning_rate")
         self.history.append((share, kl))

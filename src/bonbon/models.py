@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.errors import BonbonError
+from bonbon.files import read_json
+
+Quantization = Literal["nf4", "int8"]
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -87,11 +97,13 @@ def load_policy(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model in evaluation mode, and its tokenizer.
 
     `name` is a Hugging Face model folder or id, or a PEFT adapter folder (its base is loaded with
-    it). Weights are read from safetensors only. Raises BonbonError when anything is missing.
+    it). Weights are read from safetensors only. With `quantization` bitsandbytes quantises those of
+    the linear layers. Raises BonbonError when anything is missing.
     """
     where = pick_device(device)
     folder = Path(name).expanduser()
@@ -106,10 +118,56 @@ def load_policy(
         name,
         dtype=pick_dtype(dtype, where),
         use_safetensors=True,
+        **_quantized(quantization, pick_dtype(dtype, where), where),
         **shared,
     )
     tokenizer = load_pretrained(AutoTokenizer, "tokenizer of", name, **shared)
-    return model.to(where).eval(), tokenizer
+    # Quantised weights are made where they stay.
+    return (model if quantization else model.to(where)).eval(), tokenizer
+
+
+def _quantized(
+    quantization: Quantization | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """The arguments that load quantised weights: nf4 as QLoRA has it, or LLM.int8()."""
+    if quantization is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise BonbonError(
+            f"quantization {quantization} needs bitsandbytes; `pip install bitsandbytes`, or leave "
+            "quantization out"
+        )
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Tokenizer, int | None]:
+    """A policy's tokenizer, and the context of its model, whose weights are not read.
+
+    Raises BonbonError as `load_policy` does.
+    """
+    shared = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_pretrained(AutoConfig, "model", adapter_base(name), **shared)
+    tokenizer = load_pretrained(AutoTokenizer, "tokenizer of", name, **shared)
+    return tokenizer, config_context(config)
+
+
+def adapter_base(name: str) -> str:
+    """The model that an adapter folder was trained on; any other name as it is."""
+    adapter = Path(name).expanduser() / "adapter_config.json"
+    if not adapter.exists():
+        return name
+    return str(read_json(adapter)["base_model_name_or_path"])
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -123,5 +181,10 @@ def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[int, ..
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The most tokens a prompt and its completion may have together, where the model says so."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return config_context(model.config)
+
+
+def config_context(config: Any) -> int | None:
+    """The context that a model's configuration names; None where it names none."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None

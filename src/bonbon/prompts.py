@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Prompt
@@ -32,6 +35,15 @@ class EncodedPrompt:
     prompt: Prompt
     token_ids: tuple[int, ...]
 
+    @classmethod
+    def of(cls, group: Group) -> EncodedPrompt:
+        """The prompt of a group."""
+        return cls(group.prompt_id, group.prompt, group.prompt_token_ids)
+
+    def as_group(self) -> Group:
+        """The group of this prompt before anything is drawn."""
+        return Group(self.prompt_id, self.prompt, self.token_ids, (), (), (), ())
+
 
 Row = TypeVar("Row", PromptRow, Group)
 
@@ -43,18 +55,29 @@ def read_prompts(
     split: str | None = None,
     limit: int | None = None,
 ) -> list[PromptRow]:
-    """The prompts of a file, in its order.
+    """The prompts of a file, in its order; see `iter_prompts`."""
+    return list(iter_prompts(path, column, id_column, split, limit))
+
+
+def iter_prompts(
+    path: Path,
+    column: str = "prompt",
+    id_column: str = "prompt_id",
+    split: str | None = None,
+    limit: int | None = None,
+) -> Iterator[PromptRow]:
+    """The prompts of a file, in its order, one in memory at a time.
 
     A prompt is a text, taken as it is, or a list of {"role", "content"} messages (JSONL and
     Parquet). Ids come from `id_column` where the file has it, else from the row number. With
     `split`, only rows whose column `split` has that value are kept.
 
     Raises BonbonError, naming file and row, for an unknown file type, a missing column, text that
-    is not UTF-8, a broken row, an empty prompt, a duplicate id, text and chat prompts in one file,
-    or no prompts at all.
+    is not UTF-8, a broken row, an empty prompt, text and chat prompts in one file, and at the end
+    for a duplicate id or no prompts at all.
     """
-    rows: list[PromptRow] = []
-    seen: dict[str, int] = {}
+    ids = _Ids()
+    kind: type | None = None
     for number, record in read_records(path):
         where = f"{path}, row {number}"
         if column not in record:
@@ -64,40 +87,83 @@ def read_prompts(
             )
         if split is not None and record.get("split") != split:
             continue
-        found = record.get(id_column)
-        prompt_id = f"row-{number}" if found is None else str(found)
+        prompt_id = _id_of(record, id_column, number)
         check_text(prompt_id, "id", where)
-        if prompt_id in seen:
-            raise BonbonError(
-                f"{where}: id {prompt_id!r} was used by row {seen[prompt_id]} already"
-            )
-        seen[prompt_id] = number
+        ids.add(prompt_id, number)
         prompt = checked_prompt(record[column], where)
-        if rows and isinstance(prompt, str) != isinstance(rows[0].prompt, str):
+        kind = kind or type(prompt)
+        if not isinstance(prompt, kind):
             raise BonbonError(
                 f"{where}: a file holds either plain-text or chat prompts, not both; split it"
             )
-        rows.append(PromptRow(prompt_id, prompt))
-        if limit is not None and len(rows) == limit:
+        yield PromptRow(prompt_id, prompt)
+        if limit is not None and len(ids) == limit:
             break
-    if not rows:
+    _check_ids(ids, path, id_column)
+    if not len(ids):
         wanted = f" with split {split!r}" if split is not None else ""
         raise BonbonError(f"{path}: no prompts{wanted} in the file")
-    return rows
+
+
+def _id_of(record: dict[str, Any], id_column: str, number: int) -> str:
+    found = record.get(id_column)
+    return f"row-{number}" if found is None else str(found)
+
+
+class _Ids:
+    """Digests of ids and their row numbers: 16 bytes a prompt, however many there are."""
+
+    def __init__(self) -> None:
+        self._digests = array("Q")
+        self._numbers = array("Q")
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def add(self, prompt_id: str, number: int) -> None:
+        digest = hashlib.blake2b(prompt_id.encode(), digest_size=8).digest()
+        self._digests.append(int.from_bytes(digest, "big"))
+        self._numbers.append(number)
+
+    def twice(self) -> tuple[int, int] | None:
+        """The rows of an id that occurs twice, those that come first in the file."""
+        digests, numbers = np.asarray(self._digests), np.asarray(self._numbers)
+        order = np.argsort(digests, kind="stable")
+        (same,) = np.nonzero(digests[order][1:] == digests[order][:-1])
+        if not len(same):
+            return None
+        first = same[np.argmin(numbers[order[same + 1]])]
+        return int(numbers[order[first]]), int(numbers[order[first + 1]])
+
+
+def _check_ids(ids: _Ids, path: Path, id_column: str) -> None:
+    rows = ids.twice()
+    if rows is None:
+        return
+    record = next(record for number, record in read_records(path) if number == rows[1])
+    raise BonbonError(
+        f"{path}, row {rows[1]}: id {_id_of(record, id_column, rows[1])!r} was used by row "
+        f"{rows[0]} already"
+    )
 
 
 def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Split into (kept, held out) by a hash of the prompt.
-
-    So the split survives reordering, and a prompt that occurs twice is on one side.
-    """
+    """Split into (kept, held out) by a hash of the prompt; see `is_held_out`."""
     kept: list[Row] = []
     held: list[Row] = []
     for row in rows:
-        text = json.dumps(row.prompt, ensure_ascii=False).encode()
-        digest = hashlib.blake2b(text, digest_size=8).digest()
-        (held if int.from_bytes(digest, "big") < fraction * 2**64 else kept).append(row)
+        (held if is_held_out(row, fraction) else kept).append(row)
     return kept, held
+
+
+def is_held_out(row: PromptRow | Group, fraction: float) -> bool:
+    """Whether a prompt belongs to the held-out `fraction`, by its hash.
+
+    So the split survives reordering, and a prompt that occurs twice is on one side.
+    """
+    text = json.dumps(row.prompt, ensure_ascii=False).encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def check_text(value: Any, what: str, where: str) -> None:

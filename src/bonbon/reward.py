@@ -20,6 +20,7 @@ from bonbon.batching import kept_when_cut, token_batches
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, Prompt, as_text
 from bonbon.importing import function_digest, import_function, said
+from bonbon.linear import fast_linear
 from bonbon.logprobs import forward_parameters
 from bonbon.models import (
     apply_chat_template,
@@ -28,6 +29,7 @@ from bonbon.models import (
     pick_device,
     pick_dtype,
 )
+from bonbon.scoring import reads_beginnings_once, scores_by_beginnings, shared_beginnings
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Any]
 
@@ -66,6 +68,30 @@ class FunctionReward:
             raise BonbonError(f"reward function {self.name!r} failed: {said(error)}") from error
 
 
+def reward_inputs(
+    tokenizer: Tokenizer, prompt: Prompt, completion: str, positions: int | None, types: bool
+) -> dict[str, list[int]]:
+    """What a reward model reads for one completion, written as `RewardModel` says.
+
+    `input_ids` and, with `types` and where the tokenizer gives some, `token_type_ids`; at most
+    `positions` tokens, and what the tokenizer allows (None: that alone).
+    """
+    if tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [*messages, {"role": "assistant", "content": completion}]
+        encoded = apply_chat_template(tokenizer, messages)
+    else:
+        encoded = tokenizer(as_text(prompt), completion)
+    longest = tokenizer.model_max_length  # a huge number where the tokenizer knows none
+    if positions is not None:
+        longest = min(longest, positions)
+    names = ["input_ids"]
+    if types and "token_type_ids" in encoded:
+        names.append("token_type_ids")
+    columns = kept_when_cut(encoded["input_ids"], longest, tokenizer.all_special_ids)
+    return {name: [encoded[name][column] for column in columns] for name in names}
+
+
 class RewardModel:
     """A Hugging Face sequence-classification model with a single output as a reward.
 
@@ -74,6 +100,7 @@ class RewardModel:
     conversation of one user message is that message's text, a longer one is written out line by
     line as `role: content`. Texts too long for the model lose tokens at their
     beginning, behind a leading special token.
+    What the rows of a prompt begin with is read once where the model is causal (`bonbon.scoring`).
     Batches are sorted by length and hold at most `max_batch_tokens` padded tokens (None:
     1,024 on a CPU, 16,384 elsewhere).
     """
@@ -123,12 +150,28 @@ class RewardModel:
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         rows = [self._inputs(p, c) for p, c in zip(prompts, completions, strict=True)]
-        lengths = [len(row["input_ids"]) for row in rows]
         rewards = np.empty(len(rows))
         max_tokens = forward_batch_tokens(self.max_batch_tokens, self.model.device)
-        for batch in token_batches(rows, lengths, max_tokens):
-            rewards[batch] = self._score([rows[index] for index in batch])
+        with fast_linear(self.model):
+            scored = self._shared(prompts, rows, max_tokens)
+            rewards[list(scored)] = list(scored.values())
+            alone = [index for index in range(len(rows)) if index not in scored]
+            lengths = [len(rows[index]["input_ids"]) for index in alone]
+            for batch in token_batches(alone, lengths, max_tokens):
+                chosen = [alone[place] for place in batch]
+                rewards[chosen] = self._score([rows[index] for index in chosen])
         return rewards
+
+    def _shared(
+        self, prompts: Sequence[Prompt], rows: list[dict[str, list[int]]], max_tokens: int
+    ) -> dict[int, float]:
+        """The scores of rows that share a beginning worth sharing, by their index."""
+        if not reads_beginnings_once(self.model) or any("token_type_ids" in row for row in rows):
+            return {}
+        pad_id = self.model.config.get_text_config().pad_token_id
+        ids = [row["input_ids"] for row in rows]
+        beginnings = shared_beginnings(prompts, ids, pad_id)
+        return scores_by_beginnings(self.model, ids, beginnings, pad_id, max_tokens)
 
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
         """The token ids that the model reads for one completion."""
@@ -136,21 +179,9 @@ class RewardModel:
 
     def _inputs(self, prompt: Prompt, completion: str) -> dict[str, list[int]]:
         """What the model reads for one completion: its tokens and, where it has them, types."""
-        if self.tokenizer.chat_template is not None:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            messages = [*messages, {"role": "assistant", "content": completion}]
-            encoded = apply_chat_template(self.tokenizer, messages)
-        else:
-            encoded = self.tokenizer(as_text(prompt), completion)
-        longest = self.tokenizer.model_max_length  # a huge number where the tokenizer knows none
         positions = getattr(self.model.config, "max_position_embeddings", None)
-        if positions is not None:
-            longest = min(longest, positions)
-        names = ["input_ids"]
-        if "token_type_ids" in encoded and "token_type_ids" in forward_parameters(self.model):
-            names.append("token_type_ids")
-        columns = kept_when_cut(encoded["input_ids"], longest, self.tokenizer.all_special_ids)
-        return {name: [encoded[name][column] for column in columns] for name in names}
+        types = "token_type_ids" in forward_parameters(self.model)
+        return reward_inputs(self.tokenizer, prompt, completion, positions, types)
 
     @torch.inference_mode()
     def _score(self, rows: list[dict[str, list[int]]]) -> np.ndarray:

@@ -5,7 +5,9 @@ a random stream (`bonbon.streams`); its t-th token is the inverse CDF of the nex
 at the stream's t-th uniform number, so that no draw depends on what else is in the batch. What is
 left is arithmetic: matrix products of different batch shapes may differ in the last bits, so a
 token whose CDF boundary lies that close to its uniform number (about one in a million in float32)
-may come out differently; in float64 none does.
+may come out differently; in float64 none does. Models whose rotary embedding depends on the longest
+row of a batch (longrope and dynamic, as Phi-3's 128k) are the exception: beyond their original
+context, draws of a batch depend on each other.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ from bonbon.cache import block_growing_cache
 from bonbon.config import SamplingConfig
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
+from bonbon.linear import fast_linear
 from bonbon.logprobs import cache_parameter, forward_parameters, full_precision, last_logits
 from bonbon.models import end_token_ids
 from bonbon.prompts import EncodedPrompt
+from bonbon.shared_prompts import SharedPrompts, shared_prompt_attention, shares_prompts
 from bonbon.streams import uniform_stream
 
-# At most this many float64 CDF entries are held at once while drawing.
-_CDF_ENTRIES = 16_000_000
+# Neighbouring tokens that are drawn as one at first.
+_CDF_BLOCK = 128
 # A text is decoded behind this many tokens before it, for the spaces between.
 _CONTEXT = 8
 
@@ -71,22 +75,35 @@ def warped_log_probs(
 def draw_tokens(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The inverse CDF of each row of `log_probs` (rows, vocabulary) at `uniforms` (rows,).
 
-    Raises BonbonError for probabilities that are NaN.
+    First the block of tokens, then the token in it: a float64 CDF of a whole vocabulary costs as
+    much as a tenth of the forward pass. Raises BonbonError for probabilities that are NaN.
     """
-    rows_at_once = max(1, _CDF_ENTRIES // log_probs.shape[-1])
-    drawn = []
-    for start in range(0, len(log_probs), rows_at_once):
-        chunk = slice(start, start + rows_at_once)
-        cdf = log_probs[chunk].exp().cumsum(dim=-1, dtype=torch.float64)
-        total = cdf[:, -1:]
-        if not bool(total.isfinite().all()):
-            raise BonbonError(
-                "the model's next-token probabilities are not finite; its weights overflow in this "
-                "dtype (try model.dtype=float32), or the sampling temperature is too small"
-            )
-        target = uniforms[chunk, None] * total
-        drawn.append(torch.searchsorted(cdf, target, right=True).squeeze(-1))
-    return torch.cat(drawn).clamp(max=log_probs.shape[-1] - 1)
+    rows, vocabulary = log_probs.shape
+    weights = log_probs.new_zeros(rows, -(-vocabulary // _CDF_BLOCK) * _CDF_BLOCK)
+    torch.exp(log_probs, out=weights[:, :vocabulary])
+    blocks = weights.view(rows, -1, _CDF_BLOCK)
+    block, rest = _inverse_cdf(blocks.sum(dim=-1), uniforms)
+    token, _ = _inverse_cdf(blocks[torch.arange(rows, device=block.device), block], rest)
+    return block * _CDF_BLOCK + token
+
+
+def _inverse_cdf(
+    weights: torch.Tensor, uniforms: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the `weights` (rows, k) each uniform number falls on, and where in it, in [0, 1]."""
+    cdf = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise BonbonError(
+            "the model's next-token probabilities are not finite; its weights overflow in this "
+            "dtype (try model.dtype=float32), or the sampling temperature is too small"
+        )
+    # Below the total even when rounded, or a last token without probability could be drawn.
+    target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    index = torch.searchsorted(cdf, target, right=True)
+    end = cdf.gather(-1, index)
+    start = torch.where(index > 0, cdf.gather(-1, (index - 1).clamp(min=0)), 0.0)
+    return index.squeeze(-1), ((target - start) / (end - start)).squeeze(-1)
 
 
 # --- texts ----------------------------------------------------------------------------------------
@@ -168,7 +185,7 @@ class Rows:
 
     Args:
         decoder: what draws.
-        prompts: each is read once, and its cache expanded to its rows.
+        prompts: each is read once, and its cache shared by its rows or expanded to them.
         ks: `ks[i]` are the numbers of the i-th prompt's completions to draw, a row each.
     """
 
@@ -191,6 +208,7 @@ class Rows:
         self._step = 0  # tokens that every unfinished row has
         self._row_of = torch.arange(self.n, device=self._uniforms.device)  # of each cache line
         self._pending: torch.Tensor | None = None  # drawn, but not yet read by the model
+        self._shared: SharedPrompts | None = None  # then the cache holds what was drawn alone
         self._prefill()
 
     def _stream(self, prompt: int, k: int) -> np.ndarray:
@@ -210,19 +228,28 @@ class Rows:
         read = self.prompts if self._by_row else [self.prompts[i] for i in self._prompt_of]
         padded = pad([p.token_ids for p in read], tokenizer.pad_token_id or 0, "left")
         ids, mask = (x.to(model.device) for x in padded)
-        logits = self._forward(ids, mask, positions(mask))
+        with fast_linear(model):
+            logits = self._forward(ids, positions(mask), attention_mask=mask)
         if self._by_row:
             lines = rows.to(model.device)
-            self._cache.batch_select_indices(lines)
-            logits, mask = logits[lines], mask[lines]
+            logits = logits[lines]
+            mask = self._expanded(mask, lines)
         self._logits, self._mask, self._position = logits, mask, mask.sum(dim=-1)
 
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, position: torch.Tensor
-    ) -> torch.Tensor:
+    def _expanded(self, mask: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
+        """The mask (lines, columns) for these prompts' lines, whose cache is expanded or shared."""
+        lengths = [len(prompt.token_ids) for prompt in self.prompts]
+        if shares_prompts(self.decoder.model, self._cache, lengths, self._counts):
+            self._shared = SharedPrompts.of(self._cache, mask, lines)
+            self._cache = block_growing_cache(self.decoder.model.config)
+        else:
+            self._cache.batch_select_indices(lines)
+        return mask[lines]
+
+    def _forward(self, ids: torch.Tensor, position: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """The logits behind each line, (lines, vocabulary); the cache takes what was read."""
         model = self.decoder.model
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": True}
+        inputs |= {"input_ids": ids, "use_cache": True}
         inputs[cache_parameter(model) or "past_key_values"] = self._cache
         if "position_ids" in forward_parameters(model):
             inputs["position_ids"] = position
@@ -259,7 +286,8 @@ class Rows:
     def cache_tokens(self) -> int:
         """Key-value entries that are in use now: cache lines × columns.
 
-        A few columns more are set aside for each line (`bonbon.cache`).
+        Where lines share their prompt it is less. A few columns more are set aside for each line
+        (`bonbon.cache`).
         """
         return len(self._row_of) * self._mask.shape[1] if len(self._row_of) else 0
 
@@ -284,8 +312,9 @@ class Rows:
         """Draw up to `tokens` further tokens in every unfinished row; how many were drawn."""
         before = self.generated
         last = min(self._step + tokens, self.decoder.config.max_new_tokens)
-        while self._step < last and len(self._row_of):
-            self._draw_one()
+        with fast_linear(self.decoder.model):
+            while self._step < last and len(self._row_of):
+                self._draw_one()
         return self.generated - before
 
     def _draw_one(self) -> None:
@@ -308,7 +337,12 @@ class Rows:
 
     def _read(self, token: torch.Tensor) -> None:
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], dim=1)
-        self._logits = self._forward(token[:, None], self._mask, self._position[:, None])
+        ids, position = token[:, None], self._position[:, None]
+        if self._shared is None:
+            self._logits = self._forward(ids, position, attention_mask=self._mask)
+        else:
+            with shared_prompt_attention(self.decoder.model):
+                self._logits = self._forward(ids, position, shared_prompts=self._shared)
         self._position = self._position + 1
 
     def _finish(self, going: torch.Tensor, token: torch.Tensor) -> None:
@@ -340,8 +374,11 @@ class Rows:
         self._row_of = self._row_of[lines]
         if not len(lines):
             self._cache = DynamicCache(config=self.decoder.model.config)  # frees the old one
+            self._shared = None
             return
         self._cache.batch_select_indices(lines)
+        if self._shared is not None:
+            self._shared = self._shared.keep(lines)
         self._mask, self._position = self._mask[lines], self._position[lines]
         self._logits = self._logits[lines]
         if self._pending is not None:

@@ -18,12 +18,22 @@ from typing import Any
 
 import yaml
 
-from bonbon.config import RunConfig, Settings, flatten
+from bonbon.config import RunConfig, round_config
+from bonbon.distributed import from_main_process, is_main_process, wait_for_everyone
 from bonbon.errors import BonbonError
 from bonbon.files import read_json, write_json, write_text
 from bonbon.groups import shard_paths
+from bonbon.settings import Settings, flatten
+from bonbon.storage import cannot_write, reached, remove_folder, storage_path
 
-NEUTRAL = ("max_batch_tokens", "device")
+NEUTRAL = frozenset(
+    {
+        "max_batch_tokens", "device",
+        "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+        "gpu_memory_utilization",
+        "base_url", "api_key_env", "timeout", "deadline", "retries", "concurrency",
+    }
+)  # fmt: skip
 
 
 class StageFolder:
@@ -36,9 +46,16 @@ class StageFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder; BonbonError when another process does, or it cannot be written."""
+        """Hold the folder; BonbonError when another process does, or it cannot be written.
+
+        Of processes that train together the main one holds it for all.
+        """
+        if not is_main_process():
+            wait_for_everyone()
+            yield
+            return
         try:
-            self._refuse_strangers()
+            self.refuse_strangers()
             self._notes.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._notes / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -54,11 +71,13 @@ class StageFolder:
                     f"another bonbon process is working in {self.path}; wait for it or choose "
                     "another --out"
                 ) from error
+            wait_for_everyone()  # none goes ahead of the lock
             yield
         finally:
             os.close(handle)
 
-    def _refuse_strangers(self) -> None:
+    def refuse_strangers(self) -> None:
+        """Raise BonbonError where the folder holds something, and no run."""
         if not self.path.is_dir():
             return
         strangers = [p.name for p in self.path.iterdir() if p.name != ".bonbon"]
@@ -70,6 +89,9 @@ class StageFolder:
 
     def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
         """Note a stage's settings, or `compare` them with those it was begun with."""
+        from_main_process(lambda: self._begin(stage, settings))
+
+    def _begin(self, stage: str, settings: Mapping[str, Any]) -> None:
         self.compare(stage, settings)
         note = self._notes / f"{stage}.json"
         if not note.exists():
@@ -83,8 +105,13 @@ class StageFolder:
         write_text(self.path / "config.yaml", dump)
 
     def forget(self, stage: str) -> None:
-        """Drop a stage's note, where nothing came of it."""
-        (self._notes / f"{stage}.json").unlink(missing_ok=True)
+        """Drop a stage's notes, where nothing came of it."""
+        for name in (f"{stage}.json", f"{stage}.done.json"):
+            (self._notes / name).unlink(missing_ok=True)
+
+    def has_begun(self, stage: str) -> bool:
+        """Whether a stage's settings are noted."""
+        return (self._notes / f"{stage}.json").exists()
 
     def refuse(self, *stages: str, what: str) -> None:
         """Raise BonbonError when the folder holds one of the stages, since it is `what`."""
@@ -130,20 +157,70 @@ class StageFolder:
         return note.exists() and read_json(note)["shards"] == len(shard_paths(output))
 
 
+class _Store(StageFolder):
+    """Where samples and groups lie apart from a run's folder, which keeps the configuration."""
+
+    def write_config(self) -> None:
+        """The run's folder has it."""
+
+
 class RunFolder(StageFolder):
     """The layout of a run's folder.
 
-    `samples/` and `groups/` hold the drawn and the scored groups, `model/` and
-    `baselines/NAME/` the trained models, `evaluation/` the evaluation, `.bonbon/` notes and
-    training checkpoints.
+    `prompts/`, `samples/` and `groups/` hold the prompts, the drawn and the scored groups; they may
+    lie in a store (`storage`) instead. `model/` and `baselines/NAME/` hold the trained models,
+    `evaluation/` the evaluation, `.bonbon/` notes and training checkpoints.
+
+    Raises BonbonError for a store that cannot be used.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         super().__init__(path, config)
         self.config = config
-        self.samples = path / "samples"
-        self.groups = path / "groups"
+        self.data = path if config.storage is None else storage_path(config.storage)
+        self.store = self if config.storage is None else _Store(self.data, config)
+        self.prompts = self.data / "prompts"
+        self.samples = self.data / "samples"
+        self.groups = self.data / "groups"
         self.evaluation = path / "evaluation"
+
+    def rounds(self) -> list[RunFolder]:
+        """The folders of the rounds of sampling, scoring and training: this one where it is one."""
+        if self.config.rounds == 1:
+            return [self]
+        base: Path | str = self.config.model.name
+        folders: list[RunFolder] = []
+        for number in range(1, self.config.rounds + 1):
+            config = round_config(self.config, number, base)
+            folders.append(RunFolder(self.path / f"round-{number}", config))
+            base = folders[-1].model(self.config.model_name)
+        return folders
+
+    def begin_data(self, stage: str, settings: Mapping[str, Any]) -> None:
+        """`begin` a stage that writes samples or groups, also where a store keeps them.
+
+        So two runs with other settings cannot mix their shards in one store. What this folder has
+        begun and nothing came of is forgotten first.
+        """
+        output = {"sample": self.samples, "score": self.groups}[stage]
+        try:
+            with reached(self.data, "use"):
+                if self.has_begun(stage) and not shard_paths(output):
+                    self._forget_data(stage)
+                if self.store is not self:
+                    self.store.refuse_strangers()
+                    self.store.begin(stage, settings)
+                self.begin(stage, settings)
+        except OSError as error:
+            raise cannot_write(self.data, error) from error
+
+    def _forget_data(self, stage: str) -> None:
+        for folder in {self, self.store}:
+            folder.forget(stage)
+            if stage == "sample":
+                folder.forget("prompts")
+        if stage == "sample":
+            remove_folder(self.prompts)
 
     def model(self, name: str) -> Path:
         """Where the model of that name is put."""

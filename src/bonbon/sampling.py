@@ -8,7 +8,7 @@ them. How a draw is made reproducible: see `bonbon.rows`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel
@@ -29,6 +29,10 @@ class Sampler(Protocol):
 
     config: SamplingConfig
 
+    def encode(self, rows: Sequence[PromptRow]) -> list[EncodedPrompt]:
+        """The prompts as the model reads them. Raises BonbonError as `encode_prompts` does."""
+        ...
+
     def sample(
         self, prompts: Sequence[EncodedPrompt], progress: Callable[[int], Any] | None = None
     ) -> list[Group]:
@@ -38,14 +42,37 @@ class Sampler(Protocol):
         """
         ...
 
+    def described(self) -> dict[str, Any]:
+        """Plain values that say what drew, for the provenance of the groups."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds: an engine, its processes, its connections."""
+        ...
+
+
+OnLongPrompt = Literal["error", "skip", "truncate"]
+_LONG_NAMED = 10  # prompts that an error names
+
 
 def encode_prompts(
-    rows: Sequence[PromptRow],
+    rows: Iterable[PromptRow],
     tokenizer: Tokenizer,
     *,
     max_tokens: int | None,
-    on_long_prompt: Literal["error", "skip", "truncate"] = "error",
+    on_long_prompt: OnLongPrompt = "error",
 ) -> list[EncodedPrompt]:
+    """All prompts, tokenised; see `iter_encoded`."""
+    return list(iter_encoded(rows, tokenizer, max_tokens=max_tokens, on_long_prompt=on_long_prompt))
+
+
+def iter_encoded(
+    rows: Iterable[PromptRow],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None,
+    on_long_prompt: OnLongPrompt = "error",
+) -> Iterator[EncodedPrompt]:
     """Tokenise prompts: a text as it is, messages through the chat template.
 
     A prompt of more than `max_tokens` tokens (the context less the room for the completion) is an
@@ -53,32 +80,35 @@ def encode_prompts(
     leading special token (`truncate`, plain text only: cutting into a chat template would change
     who speaks).
 
-    Raises BonbonError for long prompts, for messages without a chat template, or when every prompt
-    is skipped.
+    Raises BonbonError for messages without a chat template and, once all are read, for long prompts
+    or when every prompt is skipped.
     """
-    encoded = [EncodedPrompt(row.prompt_id, row.prompt, _encode(row, tokenizer)) for row in rows]
-    if max_tokens is None:
-        return encoded
-    if max_tokens < 1:
+    if max_tokens is not None and max_tokens < 1:
         raise BonbonError(
             "max_new_tokens leaves no room for a prompt in the model's context; lower it"
         )
-    long = [prompt for prompt in encoded if len(prompt.token_ids) > max_tokens]
-    if long and on_long_prompt == "error":
-        names = ", ".join(f"{p.prompt_id} ({len(p.token_ids)} tokens)" for p in long[:10])
-        more = f" and {len(long) - 10} more" if len(long) > 10 else ""
+    long: list[str] = []
+    kept = left_out = 0
+    for row in rows:
+        prompt = EncodedPrompt(row.prompt_id, row.prompt, _encode(row, tokenizer))
+        if max_tokens is not None and len(prompt.token_ids) > max_tokens:
+            if on_long_prompt != "truncate":
+                left_out += 1
+                if len(long) < _LONG_NAMED:
+                    long.append(f"{row.prompt_id} ({len(prompt.token_ids)} tokens)")
+                continue
+            prompt = _truncated(prompt, max_tokens, tokenizer.all_special_ids)
+        kept += 1
+        yield prompt
+    if left_out and on_long_prompt == "error":
+        more = f" and {left_out - len(long)} more" if left_out > len(long) else ""
         raise BonbonError(
-            f"{len(long)} prompts have more than the {max_tokens} tokens that the model's context "
-            f"leaves for them: {names}{more}; shorten them, lower max_new_tokens, or set "
+            f"{left_out} prompts have more than the {max_tokens} tokens that the model's context "
+            f"leaves for them: {', '.join(long)}{more}; shorten them, lower max_new_tokens, or set "
             "--on-long-prompt skip|truncate"
         )
-    if on_long_prompt == "truncate":
-        special = tokenizer.all_special_ids
-        return [_truncated(prompt, max_tokens, special) for prompt in encoded]
-    kept = [prompt for prompt in encoded if len(prompt.token_ids) <= max_tokens]
-    if not kept and encoded:
+    if left_out and not kept:
         raise BonbonError(f"every prompt is longer than {max_tokens} tokens; none is left")
-    return kept
 
 
 def _encode(row: PromptRow, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -103,8 +133,6 @@ def _encode(row: PromptRow, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _truncated(prompt: EncodedPrompt, max_tokens: int, special: list[int]) -> EncodedPrompt:
-    if len(prompt.token_ids) <= max_tokens:
-        return prompt
     if not isinstance(prompt.prompt, str):
         raise BonbonError(
             f"prompt {prompt.prompt_id} is a chat of {len(prompt.token_ids)} tokens (at most "
@@ -150,6 +178,13 @@ class TransformersSampler:
             max_tokens=None if context is None else context - self.config.max_new_tokens,
             on_long_prompt=self.config.on_long_prompt,
         )
+
+    def described(self) -> dict[str, Any]:
+        """See `Sampler.described`."""
+        return {"dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    def close(self) -> None:
+        """See `Sampler.close`; the model is its owner's."""
 
     def decoder(self, progress: Callable[[int], Any] | None = None) -> Decoder:
         """What `Rows` of this sampler are drawn by."""

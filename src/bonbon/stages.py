@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.config import ModelConfig, PromptsConfig, RewardConfig, RunConfig
+from bonbon.config import (
+    ModelConfig,
+    OpenAISamplerConfig,
+    PromptsConfig,
+    RewardConfig,
+    RewardServerConfig,
+    RunConfig,
+    SamplerConfig,
+    SamplingConfig,
+    VllmSamplerConfig,
+)
 from bonbon.digests import weights_digest
 from bonbon.errors import BonbonError
 from bonbon.groups import (
     Group,
     Groups,
+    Prompt,
     read_shard,
     shard_indices,
     shard_path,
@@ -23,12 +38,20 @@ from bonbon.groups import (
     shard_rows,
     write_shard,
 )
-from bonbon.models import load_policy
-from bonbon.progress import progress_bar
-from bonbon.prompts import EncodedPrompt, PromptRow, hold_out, read_prompts
-from bonbon.reward import FunctionReward, Reward, RewardModel, WeightedSum
-from bonbon.run_folder import NEUTRAL
-from bonbon.sampling import TransformersSampler
+from bonbon.models import load_policy, load_tokenizer
+from bonbon.progress import Bar, progress_bar
+from bonbon.prompts import EncodedPrompt, PromptRow, hold_out, is_held_out, iter_prompts
+from bonbon.reward import (
+    FunctionReward,
+    Reward,
+    RewardModel,
+    WeightedSum,
+    reward_inputs,
+    score_groups,
+)
+from bonbon.run_folder import NEUTRAL, RunFolder
+from bonbon.sampling import Sampler, TransformersSampler
+from bonbon.storage import remove_folder
 
 # --- what the configuration names -----------------------------------------------------------------
 
@@ -39,7 +62,15 @@ def build_reward(config: RewardConfig) -> Reward:
         return WeightedSum(tuple((part.weight, build_reward(part)) for part in config.sum))
     if config.function:
         return FunctionReward.from_name(config.function)
+    if config.server is not None:
+        from bonbon.remote.reward import OpenAIReward
+
+        return OpenAIReward(config.server, _server_encoding(config.server))
     assert config.model is not None
+    if config.vllm is not None:
+        from bonbon.vllm_engine import VllmRewardModel
+
+        return VllmRewardModel(config, config.vllm)
     return RewardModel.from_pretrained(
         config.model,
         revision=config.revision,
@@ -48,6 +79,36 @@ def build_reward(config: RewardConfig) -> Reward:
         max_batch_tokens=config.max_batch_tokens,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def _server_encoding(server: RewardServerConfig) -> Callable[[Prompt, str], list[int]] | None:
+    """The token ids that the server's model is to read, where its tokenizer is named."""
+    if server.tokenizer is None:
+        return None
+    tokenizer, context = load_tokenizer(server.tokenizer)
+
+    def encode(prompt: Prompt, completion: str) -> list[int]:
+        return reward_inputs(tokenizer, prompt, completion, context, types=False)["input_ids"]
+
+    return encode
+
+
+@contextmanager
+def opened_reward(config: RewardConfig) -> Iterator[Reward]:
+    """`build_reward`; its engines and connections are let go of at the end."""
+    reward = build_reward(config)
+    try:
+        yield reward
+    finally:
+        close_reward(reward)
+
+
+def close_reward(reward: Reward) -> None:
+    """Let go of what a reward holds beside memory: an engine, its processes, its connections."""
+    for _, part in getattr(reward, "parts", ()):
+        close_reward(part)
+    if hasattr(reward, "close"):
+        reward.close()
 
 
 def described(settings: RewardConfig) -> dict[str, Any]:
@@ -66,11 +127,20 @@ def reward_identity(settings: RewardConfig) -> dict[str, Any]:
         identity["sum"] = [reward_identity(part) for part in settings.sum]
     elif settings.function:
         identity["code"] = FunctionReward.from_name(settings.function).digest()
-    else:
+    elif settings.server:
+        identity["server"]["model"] = settings.server.model or settings.server.base_url
+    elif settings.model:
         identity["weights"] = weights_digest(Path(str(settings.model)).expanduser())
-    for neutral in NEUTRAL:
-        identity.pop(neutral, None)
-    return identity
+    return without_neutral(identity)
+
+
+def without_neutral(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings without those that cannot change a result, at any depth."""
+    return {
+        key: without_neutral(value) if isinstance(value, Mapping) else value
+        for key, value in settings.items()
+        if key not in NEUTRAL
+    }
 
 
 def evaluation_prompts(config: RunConfig) -> list[PromptRow]:
@@ -82,21 +152,43 @@ def evaluation_prompts(config: RunConfig) -> list[PromptRow]:
 
 def load_prompts(config: RunConfig) -> tuple[list[PromptRow], list[PromptRow]]:
     """The prompts to train on and those to evaluate on."""
-    training = read_configured(config.prompts)
     if config.evaluation.prompts is not None:
-        return training, read_configured(config.evaluation.prompts)
-    kept, held = hold_out(training, config.evaluation.holdout)
-    if not kept or not held:
-        raise BonbonError(
-            f"{config.prompts.path}: {len(training)} prompts are too few to hold out "
-            f"{config.evaluation.holdout:.0%} for the evaluation; set evaluation.prompts"
-        )
+        return list(training_prompts(config)), read_configured(config.evaluation.prompts)
+    kept, held = hold_out(_rows(config.prompts), config.evaluation.holdout)
+    _check_sides(config, len(kept), len(held))
     return kept, held
 
 
+def training_prompts(config: RunConfig) -> Iterator[PromptRow]:
+    """The prompts to train on, one in memory at a time. Raises BonbonError as `iter_prompts`."""
+    if config.evaluation.prompts is not None:
+        yield from _rows(config.prompts)
+        return
+    kept = held = 0
+    for row in _rows(config.prompts):
+        if is_held_out(row, config.evaluation.holdout):
+            held += 1
+        else:
+            kept += 1
+            yield row
+    _check_sides(config, kept, held)
+
+
+def _check_sides(config: RunConfig, kept: int, held: int) -> None:
+    if not kept or not held:
+        raise BonbonError(
+            f"{config.prompts.path}: {kept + held} prompts are too few to hold out "
+            f"{config.evaluation.holdout:.0%} for the evaluation; set evaluation.prompts"
+        )
+
+
 def read_configured(prompts: PromptsConfig) -> list[PromptRow]:
-    """The prompts of a configured file. Raises BonbonError as `read_prompts` does."""
-    return read_prompts(
+    """The prompts of a configured file. Raises BonbonError as `iter_prompts` does."""
+    return list(_rows(prompts))
+
+
+def _rows(prompts: PromptsConfig) -> Iterator[PromptRow]:
+    return iter_prompts(
         prompts.path, prompts.column, prompts.id_column, prompts.split, prompts.limit
     )
 
@@ -112,61 +204,219 @@ def load_model(model: ModelConfig) -> tuple[PreTrainedModel, Tokenizer]:
     )
 
 
+@contextmanager
+def opened_sampler(
+    settings: SamplerConfig,
+    model: ModelConfig,
+    sampling: SamplingConfig,
+    stream: str = "",
+    load: Callable[[], tuple[PreTrainedModel, Tokenizer]] | None = None,
+) -> Iterator[Sampler]:
+    """The sampler that a configuration describes, closed at the end.
+
+    `load` gives the model where it is loaded already. Raises BonbonError when it cannot be used.
+    """
+    sampler = _sampler(settings, model, sampling, stream, load or partial(load_model, model))
+    try:
+        yield sampler
+    finally:
+        sampler.close()
+
+
+def _sampler(
+    settings: SamplerConfig,
+    model: ModelConfig,
+    sampling: SamplingConfig,
+    stream: str,
+    load: Callable[[], tuple[PreTrainedModel, Tokenizer]],
+) -> Sampler:
+    if isinstance(settings, VllmSamplerConfig):
+        from bonbon.vllm_engine import VllmSampler
+
+        return VllmSampler(model, sampling, settings, stream)
+    if isinstance(settings, OpenAISamplerConfig):
+        from bonbon.remote.sampler import OpenAISampler
+
+        tokenizer, context = load_tokenizer(**_named(model))
+        return OpenAISampler(tokenizer, sampling, settings, stream, context)
+    return TransformersSampler(*load(), sampling, stream)
+
+
+def named_tokenizer(model: ModelConfig, sampler: SamplerConfig) -> tuple[Tokenizer, int | None]:
+    """A model's tokenizer, and the context that is left where this sampler draws.
+
+    The model's weights are not read. Raises BonbonError.
+    """
+    tokenizer, context = load_tokenizer(**_named(model))
+    known = [context]
+    if isinstance(sampler, VllmSamplerConfig):
+        known.append(sampler.max_model_len)
+    elif isinstance(sampler, OpenAISamplerConfig):
+        from bonbon.remote.sampler import server_context
+
+        known.append(server_context(sampler))
+    return tokenizer, min((length for length in known if length is not None), default=None)
+
+
+def _named(model: ModelConfig) -> dict[str, Any]:
+    return model.model_dump(include={"name", "revision", "trust_remote_code"})
+
+
 # --- working through shards -----------------------------------------------------------------------
 
+Transform = Callable[[Sequence[Group]], list[Group]]
 
-def sample_shards(
-    sampler: TransformersSampler,
-    prompts: Sequence[EncodedPrompt],
-    folder: Path,
-    model: ModelConfig,
-    title: str,
-) -> None:
-    """Draw the shards that `folder` lacks."""
-    size = sampler.config.shard_size
-    shards = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    todo = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
-    if not todo:
-        return
-    provenance = {
-        "model": model.name,
-        "revision": model.revision,
-        "sampling": sampler.config.model_dump(mode="json"),
-        "dtype": str(sampler.model.dtype).removeprefix("torch."),
-    }
-    total = sum(len(shards[index]) for index in todo) * sampler.config.n
-    with progress_bar(title, total, "completions") as bar:
-        for index in todo:
-            began = time.monotonic()
-            groups = sampler.sample(shards[index], progress=bar.tokens)
-            spent = {
-                "tokens": sum(sum(group.lengths()) for group in groups),
-                "seconds": time.monotonic() - began,
-            }
-            write_shard(shard_path(folder, index), groups, provenance | spent)
-            bar.advance(sum(group.n for group in groups))
+
+@dataclass(frozen=True)
+class ShardWork:
+    """What a stage makes of a shard: the groups of `source`, transformed, into `target`.
+
+    Whoever calls it, in whichever process and order: a shard's output depends on the shard alone.
+    `provenance` is what `target` notes beside what `source` does.
+    """
+
+    source: Path
+    target: Path
+    transform: Transform
+    provenance: Mapping[str, Any]
+
+    def todo(self) -> list[int]:
+        """The shards that `source` has and `target` lacks."""
+        done = set(shard_indices(self.target))
+        return [index for index in shard_indices(self.source) if index not in done]
+
+    def read(self, index: int) -> Groups:
+        """A shard of `source`."""
+        return read_shard(shard_path(self.source, index))
+
+    def make(self, groups: Groups) -> Groups:
+        """The groups transformed, with the tokens and the seconds noted."""
+        began = time.monotonic()
+        made = self.transform(groups) if len(groups) else []
+        spent = {
+            "tokens": sum(sum(group.lengths()) for group in made),
+            "seconds": time.monotonic() - began,
+        }
+        return Groups(made, groups.provenance | dict(self.provenance) | spent)
+
+    def write(self, index: int, groups: Groups) -> None:
+        """A shard of `target`, whole or not at all."""
+        write_shard(shard_path(self.target, index), groups, groups.provenance)
+
+
+def work_through(work: ShardWork, bar: Bar) -> None:
+    """Do what is left, shard by shard; `bar` advances by prompts."""
+    for index in work.todo():
+        made = work.make(work.read(index))
+        work.write(index, made)
+        bar.advance(len(made))
+
+
+def prompt_count(work: ShardWork) -> int:
+    """The prompts of what is left to do."""
+    return sum(shard_rows(shard_path(work.source, index)) for index in work.todo())
 
 
 def transform_shards(
-    source: Path,
-    target: Path,
-    transform: Callable[[Groups], list[Group]],
-    provenance: dict[str, Any],
-    title: str,
+    source: Path, target: Path, transform: Transform, provenance: Mapping[str, Any], title: str
 ) -> None:
     """Write the transformed groups of every shard of `source` that `target` lacks."""
-    todo = [i for i in shard_indices(source) if not shard_path(target, i).exists()]
-    if not todo:
-        return
-    total = sum(shard_rows(shard_path(source, index)) for index in todo)
-    with progress_bar(title, total, "prompts") as bar:
-        for index in todo:
-            shard = read_shard(shard_path(source, index))
-            began = time.monotonic()
-            groups = transform(shard)
-            spent = {"seconds": time.monotonic() - began}
-            write_shard(shard_path(target, index), groups, shard.provenance | provenance | spent)
-            bar.advance(len(groups))
+    work = ShardWork(source, target, transform, provenance)
+    if work.todo():
+        with progress_bar(title, prompt_count(work), "prompts") as bar:
+            work_through(work, bar)
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def write_prompts(prompts: Iterable[EncodedPrompt], folder: Path, size: int) -> int:
+    """Prompts as groups that have no completions yet, `size` a shard; how many shards.
+
+    The folder then holds these alone: what an earlier call left there is removed.
+    """
+    remove_folder(folder)
+    upcoming = iter(prompts)
+    shards = 0
+    while chunk := list(islice(upcoming, size)):
+        write_shard(shard_path(folder, shards), [prompt.as_group() for prompt in chunk], {})
+        shards += 1
+    return shards
+
+
+def drawing(sampler: Sampler, progress: Callable[[int], Any] | None = None) -> Transform:
+    """A transform that draws the completions of groups that have none."""
+
+    def drawn(groups: Sequence[Group]) -> list[Group]:
+        return sampler.sample([EncodedPrompt.of(group) for group in groups], progress)
+
+    return drawn
+
+
+def drawn_by(sampler: Sampler, model: ModelConfig) -> dict[str, Any]:
+    """What the groups of a sampler note of it."""
+    return {
+        "model": model.name,
+        "revision": model.revision,
+        "sampling": sampler.config.model_dump(mode="json"),
+        **sampler.described(),
+    }
+
+
+def sample_shards(
+    sampler: Sampler, source: Path, target: Path, model: ModelConfig, title: str
+) -> None:
+    """Draw the completions of the prompts in `source` that `target` lacks."""
+    work = ShardWork(source, target, drawing(sampler), drawn_by(sampler, model))
+    if work.todo():
+        with progress_bar(title, prompt_count(work), "prompts") as bar:
+            work_through(replace(work, transform=drawing(sampler, bar.tokens)), bar)
+
+
+# --- scoring --------------------------------------------------------------------------------------
+
+
+def scoring(reward: Reward) -> Transform:
+    """A transform that scores groups."""
+
+    def scored(groups: Sequence[Group]) -> list[Group]:
+        scores = score_groups(reward, groups)
+        return [group.with_rewards(s) for group, s in zip(groups, scores, strict=True)]
+
+    return scored
+
+
+# --- the stages of a run --------------------------------------------------------------------------
+
+
+@contextmanager
+def opened_work(
+    folder: RunFolder, stage: str, progress: Callable[[int], Any] | None = None
+) -> Iterator[ShardWork]:
+    """The work of the stage `sample` or `score`, with its model loaded.
+
+    `progress` is called with the number of tokens drawn. Raises BonbonError when the model or the
+    reward cannot be loaded.
+    """
+    config = folder.config
+    if stage == "sample":
+        with opened_sampler(config.sampler, config.model, config.sampling) as sampler:
+            noted = drawn_by(sampler, config.model)
+            yield ShardWork(folder.prompts, folder.samples, drawing(sampler, progress), noted)
+    else:
+        noted = {"reward": described(config.reward)}
+        with opened_reward(config.reward) as reward:
+            yield ShardWork(folder.samples, folder.groups, scoring(reward), noted)
+
+
+def work_here(folder: RunFolder, stage: str) -> None:
+    """Do a stage in this process."""
+    title = {"sample": "sampling", "score": "scoring"}[stage]
+    with (
+        opened_work(folder, stage, lambda count: bar.tokens(count)) as work,
+        progress_bar(title, prompt_count(work), "prompts") as bar,
+    ):
+        work_through(work, bar)
 
 
 def spent(folder: Path, what: str) -> float | None:

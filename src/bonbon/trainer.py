@@ -9,151 +9,70 @@ The base model's log-probabilities are in the groups, so no reference model is h
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.batching import token_batches
-from bonbon.config import LARGEST_N, SamplingConfig
+from bonbon.config import SamplingConfig
 from bonbon.decoding.catalogue import check_independent
 from bonbon.errors import BonbonError
-from bonbon.groups import Group
+from bonbon.group_batches import GroupBatches, GroupLoader, PartsDataset, Processes, deal
 from bonbon.kl_budget import KLBudgetCallback, KLMeter, base_of
 from bonbon.logprobs import GroupRows, group_log_probs, group_rows, supports_shared_prompt
 from bonbon.models import load_policy
 from bonbon.objectives import (
     OBJECTIVES,
-    PAPER_ALPHA,
     GroupLogps,
     ObjectiveSettings,
     group_metrics,
 )
 from bonbon.prompts import EncodedPrompt
-from bonbon.selection import Select, SelectedGroup, Selection, select_groups
+from bonbon.reference_logps import ReferenceLogps, wants_recomputing
+from bonbon.selection import SelectedGroup, Selection
 from bonbon.tilt import TILTS
-
-
-@dataclass
-class BoNBoNConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and what the objectives need.
-
-    The batch size counts groups, each with all the completions that the objective uses.
-    """
-
-    learning_rate: float = field(
-        default=5e-7, metadata={"help": "The paper's, for 2.8 B parameters; small models want more"}
-    )
-    max_grad_norm: float = field(default=10.0, metadata={"help": "The paper's clipping norm"})
-    ddp_broadcast_buffers: bool | None = field(
-        default=False,
-        metadata={"help": "Off: processes may need different numbers of forward passes"},
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Groups are not columns"})
-    objective: str = field(
-        default="rank_regression", metadata={"help": f"One of {', '.join(OBJECTIVES)}"}
-    )
-    tilt: str | None = field(
-        default=None,
-        metadata={
-            "help": f"What objectives of all ranks aim at: one of {', '.join(TILTS)}. None: "
-            "optimal (best-of-n's win rate at the least KL), best_of_n for weighted_sft"
-        },
-    )
-    n: float | None = field(
-        default=None,
-        metadata={"help": "The n aimed at, None: as many as the groups hold"},
-    )
-    alpha: float = field(
-        default=PAPER_ALPHA, metadata={"help": "Weight of the SFT part in bonbon and its relatives"}
-    )
-    beta: float = field(default=0.1, metadata={"help": "β of the dpo and ipo baselines"})
-    delta: float = field(default=4.0, metadata={"help": "Huber's δ of rank_regression_huber, nats"})
-    temperature: float | None = field(
-        default=None,
-        metadata={"help": "The temperature the groups were drawn at; None: the groups', else 1"},
-    )
-    share_prompt: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute a prompt once for all its completions. None: where the model allows "
-            "it and it pays"
-        },
-    )
-    max_batch_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most tokens in a forward pass: a batch of more is done in parts of like "
-            "length, with the same gradient. None: 4,096 on a CPU, 32,768 elsewhere"
-        },
-    )
-
-    kl_budget: float | None = field(
-        default=None,
-        metadata={
-            "help": "Take the trained weights back towards the base model until their measured KL "
-            "from it is within this many nats a completion"
-        },
-    )
-    kl_prompts: int = field(default=64, metadata={"help": "Prompts that the KL is measured on"})
-    kl_samples: int = field(default=4, metadata={"help": "Completions drawn of each of them"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.objective not in OBJECTIVES:
-            raise BonbonError(
-                f"unknown objective {self.objective!r}; choose one of {', '.join(OBJECTIVES)}"
-            )
-        if self.tilt is not None and self.tilt not in TILTS:
-            raise BonbonError(f"unknown tilt {self.tilt!r}; choose one of {', '.join(TILTS)}")
-        if self.n is not None and not 1 < self.n <= LARGEST_N:
-            raise BonbonError(f"n must be above 1 and at most {LARGEST_N}, got {self.n}")
-        if not 0 <= self.alpha <= 1:
-            raise BonbonError(f"alpha must lie in [0, 1], got {self.alpha}")
-        if not self.beta > 0:
-            raise BonbonError(f"beta must be positive, got {self.beta}")
-        if not self.delta > 0:
-            raise BonbonError(f"delta must be positive, got {self.delta}")
-        if self.kl_budget is not None and not self.kl_budget > 0:
-            raise BonbonError(f"kl_budget must be positive, got {self.kl_budget}")
-        if min(self.kl_prompts, self.kl_samples) < 1:
-            raise BonbonError("kl_prompts and kl_samples must be at least 1")
-        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
-            raise BonbonError(f"max_batch_tokens must be at least 1, got {self.max_batch_tokens}")
+from bonbon.trainer_config import BoNBoNConfig as BoNBoNConfig
+from bonbon.trainer_config import target_n
+from bonbon.training_data import check_logprobs, common_n, drawn_with, selected, temperature_of
 
 
 @dataclass(frozen=True)
 class GroupCollator:
-    """A batch of groups to tensors, in parts of like length within `max_batch_tokens`.
+    """Groups to tensors, in parts of like length within `max_batch_tokens`.
 
-    `share` of a part is its share of the batch's groups, so that the parts' losses, each a mean,
-    add up to the batch's mean whatever the parts are. `groups`, their order in the batch, comes
-    first because accelerate reads a batch's size off its first tensor.
+    `share` of a part is what its mean loss counts for, so that the parts' losses add up to the
+    batch's mean whatever the parts are. Called with the groups of a batch it cuts the parts itself;
+    `groups` is then their order in the batch.
     """
 
     pad_id: int
     max_batch_tokens: int
 
     def __call__(self, groups: Sequence[SelectedGroup]) -> dict[str, Any]:
-        # With the longest prompt of all, so that no padding takes a part over the limit.
-        prompt = max(len(group.prompt_token_ids) for group in groups)
-        lengths = [
-            len(group.completions) * (prompt + max(map(len, group.completions))) for group in groups
-        ]
-        parts = list(token_batches(groups, lengths, self.max_batch_tokens))
-        return {
-            "groups": torch.tensor([index for part in parts for index in part]),
-            "parts": [self._part([groups[i] for i in part], len(groups)) for part in parts],
-        }
+        parts = [own for (own,) in deal(groups, self.max_batch_tokens)]
+        shares = [len(part) / len(groups) for part in parts]
+        return {"groups": torch.tensor([index for part in parts for index in part])} | self.lay_out(
+            [([groups[i] for i in part], share) for part, share in zip(parts, shares, strict=True)]
+        )
 
-    def _part(self, groups: Sequence[SelectedGroup], total: int) -> dict[str, torch.Tensor]:
+    def lay_out(self, parts: Sequence[tuple[Sequence[SelectedGroup], float]]) -> dict[str, Any]:
+        """A batch of parts, each with its share."""
+        return {"parts": [self._part(groups, share) for groups, share in parts]}
+
+    def _part(self, groups: Sequence[SelectedGroup], share: float) -> dict[str, torch.Tensor]:
         rows = group_rows(
             [group.prompt_token_ids for group in groups],
             [group.completions for group in groups],
@@ -163,7 +82,7 @@ class GroupCollator:
             "ref_logps": torch.tensor([group.ref_logps for group in groups]),
             # In double precision, or rewards that differ in the last digits would tie.
             "rewards": torch.tensor([group.rewards for group in groups], dtype=torch.float64),
-            "share": torch.tensor(len(groups) / total),
+            "share": torch.tensor(share, dtype=torch.float64),
         }
 
 
@@ -203,7 +122,11 @@ class BoNBoNTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(name)
         if not isinstance(model, PeftModel):  # an adapter's own dropout was asked for
             _disable_dropout(model)
+        quantized = getattr(model, "is_quantized", False)
+        if quantized:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if peft_config is not None:
+            set_seed(args.seed)  # or each process would start from an adapter of its own
             try:
                 model = get_peft_model(model, peft_config)
             except ValueError as error:
@@ -213,10 +136,10 @@ class BoNBoNTrainer(Trainer):
         self.objective = OBJECTIVES[args.objective]
         for dataset in (train_dataset, eval_dataset):
             check_independent(getattr(dataset, "provenance", {}), "train on")
-        self.temperature = _temperature(args, train_dataset)
-        self.selection = _select(train_dataset, self.objective.select)
-        held_out = _select(eval_dataset, self.objective.select)
-        self.drawn = _common_n(self.selection, held_out)
+        self.temperature = temperature_of(args, train_dataset)
+        self.selection = selected(train_dataset, self.objective.select)
+        held_out = selected(eval_dataset, self.objective.select)
+        self.drawn = common_n(self.selection, held_out)
         self.n = target_n(args, self.drawn)
         self.tilt = args.tilt or self.objective.tilt
         self._shares = supports_shared_prompt(model)
@@ -225,11 +148,14 @@ class BoNBoNTrainer(Trainer):
                 "share_prompt needs a model with position ids and attention layers alone, without "
                 "gradient checkpointing; set share_prompt to false"
             )
+        if args.kl_budget is not None and quantized:
+            raise BonbonError(
+                "kl_budget would measure from the quantised weights and not from the base model; "
+                "leave one of the two out"
+            )
         if args.kl_budget is not None:
             chosen = held_out or self.selection
-            meter = self._kl_meter(
-                model, processing_class, args, chosen, _drawn_with(train_dataset)
-            )
+            meter = self._kl_meter(model, processing_class, args, chosen, drawn_with(train_dataset))
             callbacks = [
                 *(callbacks or []),
                 KLBudgetCallback(meter, args.kl_budget, model),
@@ -245,13 +171,26 @@ class BoNBoNTrainer(Trainer):
             callbacks=callbacks,
             **kwargs,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            if args.kl_budget is not None:
-                raise BonbonError(
-                    "kl_budget needs each process to hold whole weights; leave it out"
-                )
-            # Every forward pass gathers the weights, so all processes must do as many: one.
-            self.data_collator = GroupCollator(pad_id or 0, sys.maxsize)
+        if quantized and self._shards_weights:
+            raise BonbonError(
+                "FSDP and DeepSpeed cannot share out quantised weights here; train on several GPUs "
+                "without them, or leave train.lora.quantization out"
+            )
+        if args.kl_budget is not None and self._shards_weights:
+            raise BonbonError("kl_budget needs each process to hold whole weights; leave it out")
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise BonbonError(
+                "tensor, context and sequence parallelism are not supported; let all processes be "
+                "data-parallel"
+            )
+        asked = args.logprobs or ("recompute" if quantized else None)
+        self._reference: ReferenceLogps | None = None
+        if self.objective.compares:  # others do without
+            if wants_recomputing(asked, getattr(train_dataset, "provenance", {})):
+                self._reference = ReferenceLogps(self)
+                self.add_callback(self._reference)
+            else:
+                check_logprobs(self.selection, held_out)
         # The loss is a plain mean over groups, so gradient accumulation divides by its steps.
         self.model_accepts_loss_kwargs = False
         self._settings = ObjectiveSettings(
@@ -261,7 +200,11 @@ class BoNBoNTrainer(Trainer):
             beta=args.beta,
             delta=args.delta,
         )
-        self._metrics: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+
+    @property
+    def _shards_weights(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _kl_meter(
         self,
@@ -296,7 +239,7 @@ class BoNBoNTrainer(Trainer):
         share = self._shares and (sharing_pays(rows) if asked is None else asked)
         # Sharded weights are gathered again for the gradient of a layer's output, not of its cache;
         # and the trainer turns on gradient checkpointing only once it has been built.
-        share = share and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        share = share and not self._shards_weights
         share = share and supports_shared_prompt(model)
         logps = group_log_probs(model, rows, self.temperature, share)
         return GroupLogps(logps, part["ref_logps"], part["rewards"])
@@ -314,21 +257,104 @@ class BoNBoNTrainer(Trainer):
             loss = torch.stack(losses).sum()
             return (loss, {}) if return_outputs else loss
         logps = self.group_logps(model, inputs)
-        with torch.no_grad():
-            mode = self._metrics["train" if model.training else "eval"]
-            for name, values in group_metrics(logps).items():
-                mode[name] += values.tolist()
-        return self.objective.loss(logps, self._settings).mean() * inputs["share"]
+        self._count("train" if model.training else "eval", logps, bool(inputs["share"] > 0))
+        loss = self.objective.loss(logps, self._settings).mean()
+        return loss * inputs["share"].to(loss.dtype)
+
+    @torch.no_grad()
+    def _count(self, mode: str, logps: GroupLogps, counts: bool) -> None:
+        """Add to the metrics' sums, in which every process has the same names in the same order."""
+        sums = self._sums[mode]
+        sums["groups"] += len(logps.rewards) * counts
+        for name, values in group_metrics(logps).items():
+            sums[name] += float(values.double().sum()) * counts
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """One forward and backward pass a part: never more than a part's activations are held."""
         *parts, last = inputs["parts"]
         loss = 0.0
         for part in parts:
-            # Processes may have different numbers of parts, so only the last one synchronises.
-            with self.accelerator.no_sync(model):
+            with self._before_the_last_part(model):
                 loss = loss + super().training_step(model, part, *args, **kwargs)
         return loss + super().training_step(model, last, *args, **kwargs)
+
+    @contextmanager
+    def _before_the_last_part(self, model: nn.Module) -> Iterator[None]:
+        if self.is_fsdp_enabled:  # reduces the gradients of each part, or it would hold them whole
+            yield
+        elif self.is_deepspeed_enabled:  # accelerate has it step wherever gradients are in step
+            state = self.accelerator.gradient_state
+            was = state.sync_gradients
+            state._set_sync_gradients(False)
+            try:
+                yield
+            finally:
+                state._set_sync_gradients(was)
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    # --- batches ----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> GroupLoader:
+        """This process' share of every batch; the batches are the same whatever the processes."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        args = self.args
+        each = self._train_batch_size * args.world_size
+        return self._loader(
+            self.train_dataset,
+            args.global_batch_size or each,
+            window=args.gradient_accumulation_steps,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> GroupLoader:
+        """This process' share of the held-out groups."""
+        groups = self.eval_dataset if eval_dataset is None else eval_dataset
+        if groups is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        # All in one window, so that the mean of the batches' losses is that of the groups'.
+        size = self.args.eval_batch_size * self.args.world_size
+        return self._loader(groups, size, window=len(groups))
+
+    def _loader(
+        self, groups: Sequence[SelectedGroup], batch_size: int, **settings: Any
+    ) -> GroupLoader:
+        args, collator = self.args, self.data_collator
+        batches = GroupBatches(
+            groups,
+            batch_size,
+            collator.max_batch_tokens,
+            processes=Processes(args.world_size, args.process_index),
+            **settings,
+        )
+        # Not prepared by accelerate, which would share the batches out once more.
+        return GroupLoader(
+            PartsDataset(groups),
+            batch_sampler=batches,
+            collate_fn=collator.lay_out,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    # --- evaluation, logging, checkpoints ---------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The loss and the metrics on held-out groups, as `Trainer.evaluate` returns them."""
+        if self._reference is not None:
+            self._reference.compute()
+        found: dict[str, float] = super().evaluate(*args, **kwargs)
+        return found
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device as it is: DeepSpeed's 16 bits would round rewards and log-probabilities."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def prediction_step(
         self,
@@ -343,36 +369,33 @@ class BoNBoNTrainer(Trainer):
             return self.compute_loss(model, batch).detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the objective's metrics, averaged since the last log, to what is logged."""
+        """Add the objective's metrics, averaged over the groups since the last log."""
         evaluating = "eval_loss" in logs
-        mode = self._metrics["eval" if evaluating else "train"]
+        sums = self._sums.pop("eval" if evaluating else "train", {})
         prefix = "eval_" if evaluating else ""
-        logs |= {f"{prefix}{name}": sum(v) / len(v) for name, v in mode.items()}
-        mode.clear()
+        names, values = list(sums), list(sums.values())
+        if self.args.world_size > 1 and values:
+            tensor = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+            values = self.accelerator.reduce(tensor, "sum").tolist()
+        groups = values[0] if values else 0
+        logs |= {f"{prefix}{name}": v / groups for name, v in zip(names, values, strict=True)}
+        logs.pop(f"{prefix}groups", None)
         super().log(logs, start_time)
 
+    def gathered_weights(self) -> dict[str, torch.Tensor] | None:
+        """The weights that the processes hold shares of; None where each holds them whole.
 
-def _drawn_with(dataset: Any) -> Mapping[str, Any]:
-    """The sampling settings that groups were drawn with; empty where they do not say."""
-    settings: Mapping[str, Any] = getattr(dataset, "provenance", {}).get("sampling", {})
-    return settings
+        All processes have to call this; only the main one is sure to get all weights.
+        """
+        if not self._shards_weights:
+            return None
+        weights: dict[str, torch.Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return weights
 
-
-def _temperature(args: BoNBoNConfig, dataset: Any) -> float:
-    """The temperature of the groups' log-probabilities, which the policy's must share."""
-    drawn = _drawn_with(dataset)
-    if (drawn.get("top_k", 0) or drawn.get("top_p", 1) < 1) and OBJECTIVES[args.objective].compares:
-        raise BonbonError(
-            "the groups were drawn with top-k or top-p, so their log-probabilities are those of a "
-            f"cut distribution that the policy does not have; objective {args.objective} compares "
-            "the two: draw without, or train with objective sft_bon or weighted_sft"
-        )
-    asked, found = args.temperature, drawn.get("temperature")
-    if asked is not None and found is not None and asked != found:
-        raise BonbonError(
-            f"the groups were drawn at temperature {found}, not {asked}; leave it out"
-        )
-    return float(next((t for t in (asked, found) if t is not None), 1.0))
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The trainer's state is written next, and last, as a sign that a checkpoint is whole.
+        self.accelerator.wait_for_everyone()
 
 
 def _disable_dropout(model: nn.Module) -> None:
@@ -399,34 +422,3 @@ def sharing_pays(rows: GroupRows) -> bool:
     _, m, width = rows.completion_ids.shape
     prompt = rows.prompt_ids.shape[1]
     return 4 * (m - 1) * prompt >= m * (prompt + width)
-
-
-def _select(dataset: Any, select: Select) -> Selection | None:
-    if dataset is None:
-        return None
-    groups = [row if isinstance(row, Group) else Group.from_row(row) for row in dataset]
-    return select_groups(groups, select)
-
-
-def _common_n(*selections: Selection | None) -> int | None:
-    found = {selection.n for selection in selections if selection is not None}
-    if len(found) > 1:
-        raise BonbonError(
-            f"the training and the evaluation groups differ in n: {sorted(found)}; draw as many "
-            "completions for both"
-        )
-    return next(iter(found), None)
-
-
-def target_n(args: BoNBoNConfig, drawn: int | None) -> float | None:
-    """The n to aim at, given that of the draws. BonbonError when the objective cannot do it."""
-    n = drawn if args.n is None else args.n
-    if OBJECTIVES[args.objective].any_tilt or n is None:
-        return n
-    if args.tilt not in (None, "best_of_n") or (drawn is not None and n != drawn):
-        free = ", ".join(name for name, other in OBJECTIVES.items() if other.any_tilt)
-        raise BonbonError(
-            f"objective {args.objective} aims at the best of the n drawn ({drawn}), not at n = "
-            f"{n:g} of {args.tilt or 'best_of_n'}; objectives for any n and tilt are {free}"
-        )
-    return n

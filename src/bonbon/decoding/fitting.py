@@ -11,13 +11,13 @@ from typing import cast
 import numpy as np
 from pydantic import ValidationError
 
-from bonbon.config import parse_overrides
 from bonbon.decoding.catalogue import check_independent, parse_strategy, strategy_class
 from bonbon.decoding.regularised import Regularised
 from bonbon.decoding.strategy import Floats, Source, WholeDraws
 from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure, bootstrap
 from bonbon.groups import Group, read_groups
+from bonbon.settings import parse_overrides
 
 # Five a decade; times the scale at which reward and regularisation weigh the same.
 _GRID = np.geomspace(1e-4, 1e1, 26)

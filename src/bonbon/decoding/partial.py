@@ -23,10 +23,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
-from bonbon.config import Settings
 from bonbon.decoding.strategy import Floats, Source
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
+from bonbon.settings import Settings
 
 if TYPE_CHECKING:
     import torch

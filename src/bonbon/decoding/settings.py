@@ -8,18 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, PlainSerializer, PlainValidator
 
-from bonbon.config import (
-    ModelConfig,
-    PromptsConfig,
-    RewardConfig,
-    RunConfig,
-    SamplingConfig,
-    Settings,
-    parse_settings,
-)
+from bonbon.config import ModelConfig, PromptsConfig, RewardConfig, RunConfig, SamplingConfig
 from bonbon.decoding.catalogue import describe_strategy, parse_strategy, strategy_name
 from bonbon.decoding.strategy import Strategy
 from bonbon.errors import BonbonError
+from bonbon.settings import Settings, parse_settings
 
 DEFAULT_STRATEGY = "best_of_n"
 FUNCTION_NAME = r"[\w.]+:\w+"  # package.module:function

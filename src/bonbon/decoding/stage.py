@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ from bonbon.progress import progress_bar
 from bonbon.prompts import EncodedPrompt
 from bonbon.reward import Reward
 from bonbon.run_folder import StageFolder
-from bonbon.stages import build_reward, described, load_model, read_configured, reward_identity
+from bonbon.stages import (
+    described,
+    load_model,
+    opened_reward,
+    read_configured,
+    reward_identity,
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ def generate_into(folder: StageFolder, config: GenerateConfig) -> Spent:
     folder.begin("generate", _settings(config, config.prompts.path))
     if not folder.is_finished("generate", shards):
         model, tokenizer = load_model(config.model)
-        reward = None if config.reward is None else build_reward(config.reward)
-        with progress_bar("generating", 0, "prompts") as bar:
+        opened = nullcontext() if config.reward is None else opened_reward(config.reward)
+        with opened as reward, progress_bar("generating", 0, "prompts") as bar:
             source = LocalSource(
                 model, tokenizer, config.sampling, config.stop, progress=bar.tokens
             )

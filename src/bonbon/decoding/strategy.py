@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, ClassVar, ParamSpec, Protocol, TypeVar, runtim
 import numpy as np
 from numpy.typing import NDArray
 
-from bonbon.config import SamplingConfig, Settings
+from bonbon.config import SamplingConfig
 from bonbon.groups import Group
 from bonbon.prompts import EncodedPrompt
+from bonbon.settings import Settings
 from bonbon.streams import uniform_stream
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,7 +20,14 @@ import numpy as np
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.config import ModelConfig, RewardConfig, RunConfig, SamplingConfig
+from bonbon.config import (
+    ModelConfig,
+    RewardConfig,
+    RunConfig,
+    SamplerConfig,
+    SamplingConfig,
+    TransformersSamplerConfig,
+)
 from bonbon.digests import file_digest
 from bonbon.evaluation.evaluator import KL_METRICS
 from bonbon.evaluation.human_text import TextLosses, human_text_losses, read_texts
@@ -28,7 +36,6 @@ from bonbon.evaluation.results import Draws
 from bonbon.files import read_json, write_json
 from bonbon.groups import (
     Group,
-    Groups,
     read_groups,
     read_shard,
     shard_indices,
@@ -42,14 +49,15 @@ from bonbon.progress import progress_bar
 from bonbon.prompts import PromptRow
 from bonbon.reward import Reward, score_groups
 from bonbon.run_folder import RunFolder
-from bonbon.sampling import TransformersSampler
 from bonbon.stages import (
-    build_reward,
     described,
     load_model,
+    opened_reward,
+    opened_sampler,
     reward_identity,
     sample_shards,
     transform_shards,
+    write_prompts,
 )
 
 BASE = "base"
@@ -91,8 +99,41 @@ def measure_policies(
     Goes on where it was stopped, and loads a model only for what is still missing. Raises
     BonbonError when a model, a reward or a metric fails.
     """
+    if _has_engines(folder.config):
+        _measure_by_engines(folder, policies, rows)
+    with ExitStack() as stack:
+        return _measure_in_turn(folder, policies, rows, _rewards(folder.config, stack))
+
+
+def _has_engines(config: RunConfig) -> bool:
+    """Whether drawing or scoring starts an engine that wants an accelerator for itself."""
+    rewards = [config.reward, *config.evaluation.rewards.values()]
+    return _sampler(config).name != "transformers" or any(map(_has_engine, rewards))
+
+
+def _has_engine(reward: RewardConfig) -> bool:
+    return reward.vllm is not None or any(map(_has_engine, reward.sum or ()))
+
+
+def _measure_by_engines(
+    folder: RunFolder, policies: Sequence[Policy], rows: Sequence[PromptRow]
+) -> None:
+    """Draw and score all there is before a model is loaded beside an engine."""
+    for policy in policies:
+        _draw(folder, policy, partial(load_model, policy.model), rows)
+    with ExitStack() as stack:
+        rewards = _rewards(folder.config, stack)
+        for policy in policies:
+            _measure(folder, policy.name, rewards)
+
+
+def _measure_in_turn(
+    folder: RunFolder,
+    policies: Sequence[Policy],
+    rows: Sequence[PromptRow],
+    rewards: Mapping[str, Column],
+) -> dict[str, Measured]:
     load_base = cache(partial(load_model, policies[0].model))
-    rewards = _rewards(folder.config)
     loaders = {policies[0].model: load_base}
     found = {}
     for policy in policies:
@@ -149,18 +190,28 @@ def _draw(folder: RunFolder, policy: Policy, load: Loader, rows: Sequence[Prompt
     # Enough for best-of-n against a further draw; more than best_of, to average over subsets.
     draws = k + config.target_n if policy.name == BASE else k + policy.best_of - 1
     settings = policy.sampling.model_copy(update={"n": draws, "seed": config.evaluation.seed})
-    model, tokenizer = load()
+    prompts = folder.evaluation / f"{policy.name}-prompts"
     # A stream of its own for each model: draws that share their random numbers would be correlated.
-    sampler = TransformersSampler(model, tokenizer, settings, stream=policy.name)
-    sample_shards(sampler, sampler.encode(rows), target, policy.model, f"{policy.name}: sampling")
+    stream = policy.name
+    with opened_sampler(_sampler(config), policy.model, settings, stream, load) as sampler:
+        write_prompts(sampler.encode(rows), prompts, settings.shard_size)
+        sample_shards(sampler, prompts, target, policy.model, f"{policy.name}: sampling")
     folder.finish(stage, len(shard_paths(target)))
 
 
-def _rewards(config: RunConfig) -> dict[str, Column]:
+def _sampler(config: RunConfig) -> SamplerConfig:
+    """What draws for the evaluation: as the run does, but no server has the trained models."""
+    return TransformersSamplerConfig() if config.sampler.name == "openai" else config.sampler
+
+
+def _rewards(config: RunConfig, stack: ExitStack) -> dict[str, Column]:
     """The columns that every policy's groups get: the reward, further rewards, the user's metrics.
 
-    Rewards are loaded when one is first needed.
+    Rewards are loaded when one is first needed, and let go of with the stack.
     """
+
+    def opened(reward: RewardConfig) -> Reward:
+        return stack.enter_context(opened_reward(reward))
 
     def scored(load: Callable[[], Reward], name: str, groups: list[Group]) -> list[Group]:
         pairs = zip(groups, score_groups(load(), groups), strict=True)
@@ -169,9 +220,7 @@ def _rewards(config: RunConfig) -> dict[str, Column]:
     evaluation = config.evaluation
     metrics = {name: RewardConfig(function=it) for name, it in evaluation.metrics.items()}
     return {
-        name: Column(
-            reward_identity(reward), partial(scored, cache(partial(build_reward, reward)), name)
-        )
+        name: Column(reward_identity(reward), partial(scored, cache(partial(opened, reward)), name))
         for name, reward in {"": config.reward, **evaluation.rewards, **metrics}.items()
     }
 
@@ -252,8 +301,10 @@ def _measure(folder: RunFolder, name: str, columns: Mapping[str, Column]) -> Non
             for column in missing:
                 groups = columns[column].compute(groups)
             before = shard.provenance if path.exists() else {}
+            kept = {"kl": before["columns"]["kl"]} if "kl" in before.get("columns", {}) else {}
+            asked = {key: dict(column.settings) for key, column in columns.items()}
             provenance = shard.provenance | {
-                "columns": {key: dict(column.settings) for key, column in columns.items()},
+                "columns": kept | asked,
                 "reward": described(folder.config.reward),
                 "seconds": before.get("seconds", 0.0) + time.monotonic() - began,
             }
@@ -278,7 +329,7 @@ def _measure_forward(folder: RunFolder, policy: Policy, load: Loader, load_base:
     config = folder.config
     own, base = _kl_sampling(config, policy)
 
-    def measured(groups: Groups) -> list[Group]:
+    def measured(groups: Sequence[Group]) -> list[Group]:
         heads = [group.part(0, config.evaluation.k) for group in groups]
         return _with_kls(heads, config, (load_base, base), (load, own))
 

@@ -26,7 +26,7 @@ from bonbon.evaluation.results import (
 )
 from bonbon.evaluation.win_rates import win_rate_figure
 from bonbon.files import read_json, write_json
-from bonbon.groups import Group
+from bonbon.groups import Group, shard_paths
 from bonbon.judge import Comparison, judge_comparisons
 from bonbon.progress import progress_bar
 from bonbon.prompts import PromptRow
@@ -263,8 +263,7 @@ def write_evaluation(folder: RunFolder, evaluation: Evaluation, about: Mapping[s
 
 def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
     """Tokens drawn and seconds spent; None where a stage did not note them."""
-    rounds = sorted(folder.path.glob("round-*"))
-    parts = rounds or [folder.path]
+    parts = folder.rounds()
     endings = ("", "-samples", "-forward")
     places = [folder.evaluation / f"{name}{ending}" for name in policies for ending in endings]
     measured = [path for path in places if path.is_dir()]
@@ -272,11 +271,11 @@ def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
     cost: dict[str, Any] = {
         "evaluation": {"tokens": _total(samples, "tokens"), "seconds": _total(measured, "seconds")}
     }
-    if not all((part / "samples").is_dir() for part in parts):
+    if not all(shard_paths(part.samples) for part in parts):
         return cost
-    drawn, scored = [p / "samples" for p in parts], [p / "groups" for p in parts]
+    drawn, scored = [part.samples for part in parts], [part.groups for part in parts]
     logs = {
-        name: [path / "training_log.json" for path in _models_of(folder, name, parts)]
+        name: [path / "training_log.json" for path in _models_of(name, parts)]
         for name in folder.config.trainings
     }
     return cost | {
@@ -289,10 +288,9 @@ def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
     }
 
 
-def _models_of(folder: RunFolder, name: str, parts: Sequence[Path]) -> list[Path]:
+def _models_of(name: str, parts: Sequence[RunFolder]) -> list[Path]:
     """Where a model of that name lies in each of the rounds that trained it."""
-    place = folder.model(name).relative_to(folder.path)
-    return [part / place for part in parts if (part / place).is_dir()]
+    return [part.model(name) for part in parts if part.model(name).is_dir()]
 
 
 def _total(folders: Sequence[Path], what: str) -> float | None:

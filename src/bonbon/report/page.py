@@ -15,7 +15,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from bonbon import __version__
-from bonbon.config import flatten
 from bonbon.report import tables, words
 from bonbon.report.browser import Browser
 from bonbon.report.data import Run
@@ -25,6 +24,7 @@ from bonbon.report.numbers import number, shown
 from bonbon.report.ranking import ranked
 from bonbon.report.tables import Table, table
 from bonbon.report.theme import SvgStyles, variables
+from bonbon.settings import flatten
 
 _HERE = Path(__file__).parent
 # What can begin something in a line of GitHub's Markdown; the rest is left readable.

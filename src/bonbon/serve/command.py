@@ -8,13 +8,14 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from bonbon.config import ModelConfig, RewardConfig, parse_settings
+from bonbon.config import ModelConfig, RewardConfig
 from bonbon.decoding.catalogue import strategy_name
 from bonbon.decoding.settings import check_reward, without_run_sections
 from bonbon.errors import BonbonError
 from bonbon.serve.backend import Backend
 from bonbon.serve.config import ServeConfig
 from bonbon.serve.upstream_client import UpstreamConfig
+from bonbon.settings import parse_settings
 
 # What an upstream does about a completion and we have no part in.
 PASSED_ON = frozenset(

@@ -6,10 +6,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from bonbon.config import SamplingConfig, Settings
+from bonbon.config import SamplingConfig
 from bonbon.decoding.settings import DEFAULT_STRATEGY, StrategySetting
 from bonbon.endpoints import is_loopback, secret_from
 from bonbon.errors import BonbonError
+from bonbon.settings import Settings
 
 
 class ServeConfig(Settings):

@@ -25,6 +25,8 @@ from bonbon.decoding.catalogue import strategy_name
 from bonbon.decoding.distances import EMBEDDING
 from bonbon.decoding.strategy import Generation
 from bonbon.prompts import EncodedPrompt
+from bonbon.remote.client import FaultError
+from bonbon.remote.protocol import Offer, read_offer
 from bonbon.serve.answers import (
     GuardedReward,
     answer_of,
@@ -36,7 +38,7 @@ from bonbon.serve.answers import (
 )
 from bonbon.serve.backend import Answer, BackendError, Job
 from bonbon.serve.upstream_client import UpstreamClient, UpstreamConfig, upstream_error
-from bonbon.serve.upstream_protocol import FaultError, Offer, read_offer, reshaping
+from bonbon.serve.upstream_protocol import reshaping
 from bonbon.serve.upstream_source import NO_EMBEDDING, UpstreamSource
 
 if TYPE_CHECKING:

@@ -10,25 +10,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any
 
-from bonbon.config import SamplingConfig
 from bonbon.decoding.strategy import Candidates, Cost
-from bonbon.endpoints import message_text
 from bonbon.groups import Group
 from bonbon.prompts import EncodedPrompt
+from bonbon.remote.client import FaultError
+from bonbon.remote.protocol import (
+    SEEDS,
+    distribution,
+    drawn_logprob,
+    encodable,
+    finish_reason,
+    logprob_items,
+    plausible_usage,
+    read_logprob,
+    read_usage,
+    text_of,
+)
 from bonbon.serve.backend import Job, TokenLogprob
 
-# What servers add to a request that leaves it out (a model's recommended settings, or their own),
-# turned off: a job's sampling settings are the whole of the distribution. By `owned_by` of /models.
-_OFF: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "vllm": {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
-        "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
-        "llamacpp": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
-        "bonbon": {"top_k": 0, "best_of": 1},  # which would choose by its own reward as well
-    }
-)
 # Further fields of a job that change its distribution, each with the value that does not.
 _RESHAPING: Mapping[str, Any] = MappingProxyType(
     {
@@ -41,42 +42,9 @@ _RESHAPING: Mapping[str, Any] = MappingProxyType(
         "structured_outputs": {},
     }
 )
-_SEEDS = 2**31  # every server takes these
-_MOST_TOKENS = 2**24  # of a prompt or a completion; beyond the longest context there is
-
-
-class FaultError(Exception):
-    """A candidate that a try did not bring.
-
-    `retry_after`: seconds that the server asks for. `slow`: time ran out. `lasting`: another try
-    would bring the same.
-    """
-
-    def __init__(
-        self, why: str, retry_after: float = 0.0, slow: bool = False, lasting: bool = False
-    ) -> None:
-        super().__init__(why)
-        self.retry_after = retry_after
-        self.slow = slow
-        self.lasting = lasting
 
 
 # --- requests -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What an upstream has: its models' names, and the settings that keep its own ones out."""
-
-    models: tuple[str, ...]
-    off: Mapping[str, Any]
-
-
-def read_offer(found: Any) -> Offer:
-    """An offer from the reply of /models. Raises as `read_reply` does, also when it has none."""
-    models = found["data"]
-    owner = models[0].get("owned_by")
-    return Offer(tuple(str(model["id"]) for model in models), _OFF.get(str(owner), {}))
 
 
 def path_of(job: Job) -> str:
@@ -99,7 +67,7 @@ def reshaping(extra: Mapping[str, Any]) -> list[str]:
 def request_body(job: Job, model: str, off: Mapping[str, Any], k: int) -> dict[str, Any]:
     """The request for candidate k alone. The job's own fields win over further ones (`extra`)."""
     body: dict[str, Any] = {**off, **job.extra, "model": model, "n": 1, "stream": False}
-    body |= {"max_tokens": job.sampling.max_new_tokens, **_distribution(job.sampling)}
+    body |= {"max_tokens": job.sampling.max_new_tokens, **distribution(job.sampling)}
     if job.seeded:
         body["seed"] = candidate_seed(job.sampling.seed, k)
     if job.stop:
@@ -111,22 +79,15 @@ def request_body(job: Job, model: str, off: Mapping[str, Any], k: int) -> dict[s
     return body | {"messages": job.prompt} | asked
 
 
-def _distribution(sampling: SamplingConfig) -> dict[str, Any]:
-    if sampling.top_k == 1:  # the most likely token; top_k is not in OpenAI's API
-        return {"temperature": 0.0, "top_p": 1.0}
-    cut = {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
-    return {"temperature": sampling.temperature, "top_p": sampling.top_p, **cut}
-
-
 def candidate_seed(seed: int, k: int) -> int:
     """The seed of candidate k: the job's own for the first, a hash for the others.
 
     Not seed + k: jobs with the seeds 0 and 1 would then share all candidates but one.
     """
     if k == 0:
-        return seed % _SEEDS
+        return seed % SEEDS
     digest = hashlib.blake2b(f"{seed}\0{k}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % _SEEDS
+    return int.from_bytes(digest, "big") % SEEDS
 
 
 # --- replies --------------------------------------------------------------------------------------
@@ -164,116 +125,41 @@ def read_reply(found: Any, job: Job) -> Reply:
     what is no reply at all.
     """
     choice = found["choices"][0]
-    if isinstance(job.prompt, str):
-        text = choice["text"]
-        if not isinstance(text, str):
-            raise TypeError("text")
-    else:
-        text = message_text(choice["message"].get("content"))
-    reason = _finish_reason(choice.get("finish_reason"))
-    usage = _usage(found)
-    if usage is None:
-        raise FaultError("its replies do not say how many tokens they took (`usage`)", lasting=True)
+    text, reason = text_of(choice), finish_reason(choice)
+    usage = plausible_usage(found)
     logprobs = None
     if wants_logprobs(job):
         logprobs = read_logprobs(choice.get("logprobs"), job.logprobs or 0)
         if logprobs is None:
             raise FaultError("its replies have no log-probabilities", lasting=True)
-    return Reply(_encodable(text), reason, *usage, logprobs)
+    return Reply(text, reason, usage.tokens, usage.prompt_tokens, usage.prefilled, logprobs)
 
 
 def spent_on(found: Any) -> Cost:
     """What a reply cost that is no use, as far as it says so."""
-    usage = _usage(found)
-    if usage is None:
-        return Cost()
-    tokens, _, prefilled = usage
-    return Cost(generated=tokens, prefilled=prefilled)
-
-
-def _finish_reason(found: Any) -> str:
-    if found in ("stop", "length"):
-        return str(found)
-    # Such a candidate is no draw of the model. Another try might bring one after "abort", but
-    # would get around a filter.
-    lasting = found in ("content_filter", "tool_calls", "function_call")
-    raise FaultError(f"a candidate ended with finish_reason {found!r:.40}", lasting=lasting)
-
-
-def _usage(found: Any) -> tuple[int, int, int] | None:
-    """Tokens of the completion, of the prompt, and of the prompt less what was cached.
-
-    None where a reply does not say, or nothing that can be.
-    """
-    usage = _field(found, "usage")
-    tokens, prompt_tokens = _field(usage, "completion_tokens"), _field(usage, "prompt_tokens")
-    if not _is_count(tokens) or not _is_count(prompt_tokens):
-        return None
-    cached = _field(_field(usage, "prompt_tokens_details"), "cached_tokens")
-    return tokens, prompt_tokens, max(0, prompt_tokens - (cached if _is_count(cached) else 0))
-
-
-def _field(found: Any, name: str) -> Any:
-    return found.get(name) if isinstance(found, dict) else None
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
-
-
-def _encodable(text: Any) -> str:
-    return str(text).encode(errors="replace").decode()
+    usage = read_usage(found)
+    return Cost() if usage is None else Cost(generated=usage.tokens, prefilled=usage.prefilled)
 
 
 def read_logprobs(found: Any, top: int) -> tuple[TokenLogprob, ...] | None:
     """Each token with its `top` most likely ones, from either API's form; None where there is none.
 
-    llama.cpp answers /completions in the chat form too. Alternatives of probability 0 are left out.
-    Raises FaultError for a value that is no ln p, and for a drawn token of probability 0.
+    Alternatives of probability 0 are left out. Raises FaultError for a value that is no ln p, and
+    for a drawn token of probability 0.
     """
-    if not isinstance(found, dict):
+    items = logprob_items(found)
+    if items is None:
         return None
-    if isinstance(found.get("content"), list):
-        return tuple(
-            TokenLogprob(
-                _encodable(item["token"]),
-                _drawn(item["logprob"]),
-                _best([(t["token"], t["logprob"]) for t in item.get("top_logprobs") or []], top),
-            )
-            for item in found["content"]
-        )
-    if not isinstance(found.get("tokens"), list):
-        return None
-    tops = found.get("top_logprobs") or [None] * len(found["tokens"])
     return tuple(
-        TokenLogprob(_encodable(token), _drawn(logprob), _best(list((others or {}).items()), top))
-        for token, logprob, others in zip(
-            found["tokens"], found["token_logprobs"], tops, strict=True
-        )
+        TokenLogprob(encodable(token), drawn_logprob(logprob), _best(others, top))
+        for token, logprob, others in items
     )
 
 
 def _best(pairs: Sequence[tuple[Any, Any]], top: int) -> tuple[tuple[str, float], ...]:
-    found = [(_encodable(token), _logprob(value)) for token, value in pairs]
+    found = [(encodable(token), read_logprob(value)) for token, value in pairs]
     possible = [pair for pair in found if pair[1] > -math.inf]
     return tuple(sorted(possible, key=lambda pair: -pair[1])[:top])
-
-
-def _drawn(value: Any) -> float:
-    logprob = _logprob(value)
-    if logprob == -math.inf:
-        raise FaultError("its replies hold a token of probability 0", lasting=True)
-    return logprob
-
-
-def _logprob(value: Any) -> float:
-    try:
-        logprob = float(value)
-    except OverflowError:  # JSON has whole numbers of any size
-        logprob = math.nan
-    if math.isnan(logprob) or logprob == math.inf:
-        raise FaultError("its replies hold a log-probability that is none", lasting=True)
-    return logprob
 
 
 def candidates_of(prompt: EncodedPrompt, replies: Sequence[Reply], lost: Cost) -> Candidates:

@@ -12,11 +12,11 @@ from bonbon.decoding.strategy import Candidates, Cost, Floats
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
 from bonbon.prompts import EncodedPrompt
+from bonbon.remote.client import FaultError
+from bonbon.remote.protocol import Offer
 from bonbon.serve.backend import BackendError, Job, TokenLogprob
 from bonbon.serve.upstream_client import UpstreamClient, error_of
 from bonbon.serve.upstream_protocol import (
-    FaultError,
-    Offer,
     Reply,
     candidates_of,
     path_of,

@@ -1,0 +1,155 @@
+"""The Ray cluster that a command works on: one it is connected to, or one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from bonbon.config import PoolConfig, RayEngineConfig
+from bonbon.errors import BonbonError
+
+_PATIENCE = 10.0  # seconds to reach a cluster's address
+_OBJECTS = 100 * 2**20  # bytes of shared memory: only shard numbers go through it
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[ModuleType]:
+    """Ray, connected to the cluster at `address` or to one that is ended afterwards.
+
+    Where the calling program is connected already, that connection is used and left. Raises
+    BonbonError when Ray is not installed or the cluster cannot be reached.
+    """
+    if address is not None:
+        _reach(address)
+    elif "ray" not in sys.modules:  # it reads these when it is imported
+        # Ray listens on every address of the machine: only who has the token may use it.
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what goes to standard error too
+    ray = _imported()
+    if ray.is_initialized():
+        yield ray
+        return
+    with _quiet():
+        try:
+            _connect(ray, address)
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _imported() -> ModuleType:
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise BonbonError(
+            f"engine: ray needs Ray ({error}): pip install 'bonbon-align[ray]'"
+        ) from error
+    return ray
+
+
+def _connect(ray: ModuleType, address: str | None) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        own = {"include_dashboard": False, "object_store_memory": _OBJECTS}
+        options |= {"address": "local"} | own
+    else:
+        options["address"] = address
+    try:
+        with _silent():
+            ray.init(**options)
+    except (Exception, SystemExit) as error:
+        where = "on this machine" if address is None else f"at {address}"
+        raise BonbonError(
+            f"no Ray cluster {where} can be used: {first_line(error)}"
+            + ("" if address is None else "; is it running (`ray start --head`), and this address?")
+        ) from error
+
+
+def _reach(address: str) -> None:
+    """Raise BonbonError where nothing answers: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # `auto`, and names that only Ray knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+    except OSError as error:
+        raise BonbonError(
+            f"no Ray cluster answers at {address}: {error.strerror or error}; start one "
+            "(`ray start --head`), or correct engine.address"
+        ) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what is written to standard error below Python; what matters is raised as well."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray's own reports of dead workers off the terminal: they are dealt with, and logged."""
+    worker: Any = sys.modules["ray._private.worker"]
+    printing = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printing
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of Ray's says, in a line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- room -----------------------------------------------------------------------------------------
+
+
+def check_room(ray: ModuleType, pools: Mapping[str, PoolConfig]) -> None:
+    """Raise BonbonError when the smallest pools do not fit the cluster; Ray would wait for ever."""
+    total = ray.cluster_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for resource, field in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        has = total.get(resource, 0)
+        needs = sum(pool.min * getattr(pool, field) for pool in pools.values())
+        if needs > has:
+            each = " and ".join(
+                f"{pool.min} × {getattr(pool, field):g} for {name}" for name, pool in pools.items()
+            )
+            raise BonbonError(
+                f"the workers need {needs:g} {resource}s ({each}) and the cluster has {has:g}; "
+                f"lower {field} or min of engine.{', engine.'.join(pools)}"
+            )
+        largest = max((node.get(resource, 0) for node in nodes), default=0)
+        for name, pool in pools.items():
+            if getattr(pool, field) > largest:
+                raise BonbonError(
+                    f"a worker of engine.{name} needs {getattr(pool, field):g} {resource}s and no "
+                    f"node has more than {largest:g}; lower engine.{name}.{field}"
+                )
+
+
+def pools_of(engine: RayEngineConfig, stages: list[str]) -> dict[str, PoolConfig]:
+    """The pools that stages work with, by their names in the configuration."""
+    found = {"sample": ("samplers", engine.samplers), "score": ("scorers", engine.scorers)}
+    return dict(found[stage] for stage in stages)

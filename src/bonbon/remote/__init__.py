@@ -1,0 +1,1 @@
+"""Other people's servers: drawing from them, scoring by them, and asking them at all."""

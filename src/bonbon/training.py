@@ -1,0 +1,338 @@
+"""The stage `train`: from groups to a model's folder, in one process or in several."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bonbon.config import RunConfig, TrainConfig
+from bonbon.distributed import (
+    from_main_process,
+    is_main_process,
+    leave,
+    process_count,
+    wait_for_everyone,
+)
+from bonbon.errors import BonbonError
+from bonbon.files import atomic_folder, write_json
+from bonbon.groups import Groups, read_groups
+from bonbon.models import load_policy
+from bonbon.progress import progress_bar
+from bonbon.prompts import hold_out
+from bonbon.run_folder import RunFolder
+from bonbon.stage_settings import refuse_rounds, train_settings
+from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+from bonbon.trainer_config import target_n
+
+
+def train(folder: RunFolder) -> None:
+    """Fine-tune the model, and the baselines, on the groups.
+
+    Processes that `torchrun` or `accelerate launch` started do it together: all call this.
+    """
+    refuse_rounds(folder.config)
+    for name in folder.config.trainings:
+        _train_one(folder, name)
+    leave()
+
+
+def check_trainings(folder: RunFolder) -> None:
+    """Find wrong training settings before anything is drawn. Raises BonbonError."""
+    for name, settings in folder.config.trainings.items():
+        target_n(_training_arguments(folder, name), folder.config.sampling.n)
+        _peft_config(settings)
+
+
+def _train_one(folder: RunFolder, name: str) -> None:
+    settings = folder.config.trainings[name]
+    folder.begin(folder.training(name), train_settings(folder.config, name))
+    if from_main_process(folder.model(name).exists):
+        return
+    if not folder.is_finished("score", folder.groups):
+        raise BonbonError(f"{folder.groups} is not complete; run `bonbon score` to the end first")
+    groups, held_out = _split(read_groups(folder.groups), settings.eval_fraction)
+    trainer = _trainer(folder, name, groups, held_out)
+    checkpoint = from_main_process(lambda: folder.last_checkpoint(name))
+    if checkpoint is not None:
+        _check_checkpoint(trainer, checkpoint)
+    with _shown(trainer, f"training {name}"):
+        began = time.monotonic()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    assert trainer.selection is not None
+    record = {
+        "objective": settings.objective,
+        "n": trainer.n,
+        "tilt": trainer.tilt,
+        "groups": len(groups),
+        "held_out_groups": len(held_out or ()),
+        "tied_groups_dropped": trainer.selection.tied,
+        "seconds": time.monotonic() - began,
+        "log": trainer.state.log_history,
+    }
+    _save_model(trainer, folder, name, record)
+    if is_main_process():
+        shutil.rmtree(folder.checkpoints(name), ignore_errors=True)
+
+
+def _trainer(
+    folder: RunFolder, name: str, groups: Groups, held_out: Groups | None
+) -> BoNBoNTrainer:
+    settings = folder.config.trainings[name]
+    peft_config = _peft_config(settings)
+    # Before the model is loaded, which DeepSpeed's ZeRO-3 shards as it comes.
+    arguments = _training_arguments(folder, name)
+    model, tokenizer = _base(folder.config, settings, arguments)
+    trainer = BoNBoNTrainer(
+        model,
+        arguments,
+        train_dataset=groups,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=_callbacks(settings),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_deepspeed_enabled:
+        _check_zero3(trainer.accelerator.state.deepspeed_plugin, settings)
+    return trainer
+
+
+def _check_zero3(plugin: Any, settings: TrainConfig) -> None:
+    """Raise BonbonError for a model that could not be saved in the end."""
+    if plugin.zero_stage != 3:
+        return
+    zero = plugin.deepspeed_config["zero_optimization"]
+    if zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        raise BonbonError(
+            "with DeepSpeed's ZeRO-3 the model is only saved where "
+            "stage3_gather_16bit_weights_on_model_save (accelerate: zero3_save_16bit_model) is "
+            "true; set it"
+        )
+    if settings.lora is not None and settings.lora.merge:
+        raise BonbonError(
+            "train.lora.merge does not go with DeepSpeed's ZeRO-3; set it to false, or share the "
+            "weights by FSDP or ZeRO-2"
+        )
+
+
+def _base(
+    config: RunConfig, settings: TrainConfig, arguments: BoNBoNConfig
+) -> tuple[PreTrainedModel, Tokenizer]:
+    """The model to start from, on the CPU, as the trainer moves it; quantised, where it stays."""
+    quantization = None if settings.lora is None else settings.lora.quantization
+    return load_policy(
+        config.model.name,
+        revision=config.model.revision,
+        dtype="bfloat16" if quantization and settings.bf16 else settings.dtype,
+        device=str(arguments.device) if quantization else "cpu",
+        trust_remote_code=config.model.trust_remote_code,
+        quantization=quantization,
+    )
+
+
+@contextmanager
+def _shown(trainer: BoNBoNTrainer, title: str) -> Iterator[None]:
+    """Show the trainer's steps, in the main process alone."""
+    if not is_main_process():
+        yield
+        return
+    with progress_bar(title, 0, "steps") as bar:
+        trainer.add_callback(_BarCallback(bar))
+        yield
+
+
+def _check_checkpoint(trainer: BoNBoNTrainer, checkpoint: Path) -> None:
+    """Raise BonbonError for a checkpoint of processes that shared the weights in another way."""
+    states = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
+    if states:
+        written = f"DeepSpeed with a world size of {states}"
+    elif any(checkpoint.glob("pytorch_model_fsdp*")):
+        written = "FSDP"
+    else:
+        written = "whole weights in each process"
+    if trainer.is_deepspeed_enabled:
+        asked = f"DeepSpeed with a world size of {process_count()}"
+    else:
+        asked = "FSDP" if trainer.is_fsdp_enabled else "whole weights in each process"
+    if written != asked:
+        raise BonbonError(
+            f"the training in {checkpoint} was begun with {written} and cannot go on with {asked}; "
+            "launch it as before, or remove that folder to train anew"
+        )
+
+
+def _split(groups: Groups, fraction: float) -> tuple[Groups, Groups | None]:
+    """The groups to train on, and those held out for the evaluation loss."""
+    if fraction == 0:
+        return groups, None
+    kept, held = hold_out(groups, fraction)
+    if not kept or not held:
+        raise BonbonError(
+            f"train.eval_fraction = {fraction:g} of {len(groups)} groups leaves a side empty; "
+            "change it"
+        )
+    return Groups(kept, groups.provenance), Groups(held, groups.provenance)
+
+
+def _training_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
+    try:
+        return _build_arguments(folder, name)
+    except (ValueError, ImportError) as error:  # an optimiser that is not there, bf16 without it
+        raise BonbonError(f"the training settings of {name} do not work: {error}") from error
+
+
+def _build_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
+    config, settings = folder.config, folder.config.trainings[name]
+    stops_early = settings.early_stopping_patience is not None
+    saving = settings.eval_steps if stops_early else settings.save_steps
+    arguments = BoNBoNConfig(
+        output_dir=str(folder.checkpoints(name)),
+        objective=settings.objective,
+        tilt=settings.tilt,
+        n=settings.n,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        delta=settings.delta,
+        temperature=config.sampling.temperature,
+        share_prompt=settings.share_prompt,
+        logprobs=settings.logprobs,
+        max_batch_tokens=settings.max_batch_tokens,
+        kl_budget=settings.kl_budget,
+        learning_rate=settings.learning_rate,
+        num_train_epochs=settings.epochs,
+        global_batch_size=settings.batch_size,
+        per_device_train_batch_size=math.ceil(settings.batch_size / process_count()),
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        optim=settings.optimizer,
+        adam_beta2=settings.adam_beta2,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.lr_scheduler,
+        warmup_steps=settings.warmup_ratio,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        use_cpu=config.model.device == "cpu",
+        eval_strategy="steps" if settings.eval_fraction > 0 else "no",
+        eval_steps=settings.eval_steps,
+        save_strategy="steps",
+        save_steps=saving,
+        save_total_limit=2,
+        load_best_model_at_end=stops_early,
+        restore_callback_states_from_checkpoint=True,  # or a stop would reset the patience
+        metric_for_best_model="eval_loss" if stops_early else None,
+        greater_is_better=False if stops_early else None,
+        logging_steps=10,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        accelerator_config=_accelerator_config(),
+    )
+    if arguments.n_gpu > 1:  # or the Trainer would split batches over GPUs, multiplying their size
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _accelerator_config() -> dict[str, Any]:
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return {}
+    # Else each process would hold the whole gradient of batches whose gradients are accumulated.
+    return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+
+
+def _peft_config(settings: TrainConfig) -> PeftConfig | None:
+    lora = settings.lora
+    if lora is None:
+        return None
+    if lora.quantization is not None and lora.merge:
+        raise BonbonError(
+            "an adapter that was trained on quantised weights is not merged into them; set "
+            "train.lora.merge to false"
+        )
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _callbacks(settings: TrainConfig) -> list[TrainerCallback]:
+    patience = settings.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
+class _BarCallback(TrainerCallback):
+    """Shows the trainer's steps on our own progress bar."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.bar.set(state.global_step, state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        shown = {key: logs[key] for key in ("loss", "accuracy") if logs and key in logs}
+        if shown:
+            self.bar.note(", ".join(f"{key} {value:.3g}" for key, value in shown.items()))
+
+
+def _save_model(
+    trainer: BoNBoNTrainer, folder: RunFolder, name: str, record: dict[str, Any]
+) -> None:
+    """Save the model folder whole or not at all, safetensors only."""
+    weights = trainer.gathered_weights()  # which takes all processes
+    if is_main_process():
+        tokenizer: Any = trainer.processing_class
+        with atomic_folder(folder.model(name)) as temporary:
+            _save_weights(trainer, folder, name, weights, temporary)
+            tokenizer.save_pretrained(temporary)
+            write_json(temporary / "training_log.json", record)
+    wait_for_everyone()
+
+
+def _save_weights(
+    trainer: BoNBoNTrainer, folder: RunFolder, name: str, weights: Any, target: Path
+) -> None:
+    settings = folder.config.trainings[name]
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if settings.lora is None or not settings.lora.merge:
+        model.save_pretrained(target, state_dict=weights)
+    elif weights is None:
+        model.merge_and_unload().save_pretrained(target)
+    else:
+        with TemporaryDirectory() as adapter:
+            model.save_pretrained(adapter, state_dict=weights)
+            base, _ = _base(folder.config, settings, trainer.args)
+            merged: Any = PeftModel.from_pretrained(base, adapter)
+            merged.merge_and_unload().save_pretrained(target)
