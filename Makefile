@@ -3,6 +3,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO_OUT := bonbon-demo
+# In front of true servers, which take long to start; the engine's own tests run in its environment.
+WITH_VLLM := tests/test_vllm.py tests/test_remote_vllm.py
 export BONBON_VLLM_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bonbon/vllm-env
 
 .PHONY: setup test test-vllm lint demo demo-short clean
@@ -17,13 +19,14 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 test: setup
-	$(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		$(addprefix --ignore=,$(WITH_VLLM) tests/test_vllm_engine.py)
 
 # With vLLM itself, which has an environment of its own outside the checkout (a long download, once).
 test-vllm: setup
 	scripts/setup_vllm.sh
 	PYTHONPATH=src $(BONBON_VLLM_ENV)/bin/python -m pytest -rs tests/test_vllm_engine.py
-	$(PYTHON) -m pytest -rs tests/test_vllm.py
+	$(PYTHON) -m pytest -rs $(WITH_VLLM)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,23 +1,16 @@
 """Drawing from and scoring by true vLLM servers, on the demo's two models.
 
-Needs a Python with vLLM (`scripts/setup_vllm.sh`); BONBON_VLLM_PYTHON names another one.
+Needs a Python with vLLM, which `make test-vllm` sees to; BONBON_VLLM_PYTHON names another one.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-import socket
-import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -33,70 +26,24 @@ from bonbon.prompts import PromptRow
 from bonbon.remote.reward import OpenAIReward
 from bonbon.remote.sampler import OpenAISampler
 from bonbon.reward import RewardModel
+from vllm_server import SERVER_SETTINGS, Server
 
-REPO = Path(__file__).resolve().parent.parent
 ROWS = [
     PromptRow("cat", "Once upon a time, there was a cat who"),
     PromptRow("parrot", "One day, a parrot flew in and said,"),
     PromptRow("elf", "The little elf lost the key to the toy room. He"),
     PromptRow("cake", "Grandma baked a cake, and"),
 ]
-# Settings of its own that must be turned off, or every completion would be the same.
-SERVER_SETTINGS = '{"top_k": 1, "temperature": 0.1, "repetition_penalty": 1.5}'
-START_SECONDS = 240
-
-
-class Server:
-    """A vLLM server in a process group of its own."""
-
-    def __init__(self, python: Path, folder: Path, log: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}/v1", log
-        command = [
-            str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-            *options,
-        ]  # fmt: skip
-        limits = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=os.environ | limits,
-                start_new_session=True,
-            )
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx.get(self.url.removesuffix("/v1") + "/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.5)
-        pytest.fail(f"vLLM did not start: {self.log.read_text(errors='replace')[-2000:]}")
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
     """The story model's server and the reward model's."""
-    default = REPO / ".venv-vllm" / "bin" / "python"
-    python = Path(os.environ.get("BONBON_VLLM_PYTHON", default))
-    if not python.exists():
-        pytest.skip(f"there is no {python}; scripts/setup_vllm.sh makes it")
     logs = tmp_path_factory.mktemp("vllm")
     settings = ("--max-model-len", "200", "--override-generation-config", SERVER_SETTINGS)
     both = (
-        Server(python, STORY_MODEL, logs / "story", *settings),
-        Server(python, REWARD_MODEL, logs / "reward"),
+        Server(STORY_MODEL, logs / "story", *settings),
+        Server(REWARD_MODEL, logs / "reward"),
     )
     try:
         for server in both:

@@ -6,16 +6,12 @@ Needs a Python with vLLM, which `make test-vllm` sees to; BONBON_VLLM_PYTHON nam
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import httpx
@@ -35,6 +31,7 @@ from bonbon.reward import RewardModel
 from bonbon.serve.backend import Answer, BackendError, Job
 from bonbon.serve.upstream import UpstreamBackend
 from bonbon.serve.upstream_client import UpstreamConfig
+from vllm_server import SERVER_SETTINGS, Server
 
 PROMPTS = [
     "Once upon a time, there was a cat who",
@@ -42,75 +39,19 @@ PROMPTS = [
     "The little elf lost the key to the toy room. He",
     "Grandma baked a cake, and",
 ]
-# Settings of its own that the backend must turn off, or every candidate would be the same.
-SERVER_SETTINGS = '{"top_k": 1, "temperature": 0.1, "repetition_penalty": 1.5}'
-START_SECONDS = 240
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Server:
-    process: subprocess.Popen[bytes]
-    url: str
-
-    def kill(self) -> None:
-        """Server and engine at once, as when a machine runs out of memory."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def vllm_python() -> Path:
-    """Where `scripts/setup_vllm.sh` puts it."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = os.environ.get("BONBON_VLLM_ENV") or Path(cache) / "bonbon" / "vllm-env"
-    return Path(os.environ.get("BONBON_VLLM_PYTHON") or Path(folder) / "bin" / "python")
 
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    python = vllm_python()
-    if not python.exists():
-        pytest.skip(f"there is no {python}; scripts/setup_vllm.sh makes it")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    settings = ("--max-model-len", "200", "--override-generation-config", SERVER_SETTINGS)
     log = tmp_path_factory.mktemp("vllm") / "log"
-    limits = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        str(python), "-m", "vllm.entrypoints.openai.api_server",
-        "--model", str(STORY_MODEL), "--served-model-name", "story",
-        "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--max-model-len", "200", "--enforce-eager",
-        "--override-generation-config", SERVER_SETTINGS,
-    ]  # fmt: skip
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ | limits | {"VLLM_NO_USAGE_STATS": "1"},
-            start_new_session=True,
-        )
-    server = Server(process, f"http://127.0.0.1:{port}/v1")
+    server = Server(STORY_MODEL, log, "--served-model-name", "story", *settings)
     try:
-        _wait_until_healthy(server, log)
+        server.wait()
         yield server
     finally:
-        if process.poll() is None:
-            server.kill()
-
-
-def _wait_until_healthy(server: Server, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            break
-        try:
-            if httpx.get(server.url.removesuffix("/v1") + "/health").status_code == 200:
-                return
-        except httpx.TransportError:
-            time.sleep(0.5)
-    pytest.fail(f"vLLM did not start: {log.read_text(errors='replace')[-2000:]}")
+        server.kill()
 
 
 @pytest.fixture(scope="module")

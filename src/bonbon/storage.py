@@ -102,14 +102,17 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder with what is in it, where there is one. Raises BonbonError, OSError."""
-    with reached(folder, "remove"):
-        if is_remote(folder):
-            remote: Any = folder
-            if remote.fs.exists(remote.path):
-                remote.fs.rm(remote.path, recursive=True)
-        elif folder.is_dir():
-            shutil.rmtree(folder)
+    """Remove a folder with what is in it, where there is one. Raises BonbonError if it cannot."""
+    try:
+        with reached(folder, "remove"):
+            if is_remote(folder):
+                remote: Any = folder
+                if remote.fs.exists(remote.path):
+                    remote.fs.rm(remote.path, recursive=True)
+            elif folder.is_dir():
+                shutil.rmtree(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
 
 
 def cannot_write(path: Path, error: OSError) -> BonbonError:
