@@ -108,7 +108,7 @@ def test_each_shard_is_done_once_and_what_is_there_is_left_alone(tmp_path: Path)
     sampler = Echo()
     work = work_of(tmp_path, sampler)
     assert work.todo() == [2, 3]
-    assert prompt_count(work) == 5
+    assert prompt_count(work.source, work.todo()) == 5
     do(work)
     assert sampler.asked == ["p6", "p7", "p8", "p9", "p10"]
     groups = read_groups(tmp_path / "samples")

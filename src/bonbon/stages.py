@@ -312,9 +312,15 @@ def work_through(work: ShardWork, bar: Bar) -> None:
         bar.advance(len(made))
 
 
-def prompt_count(work: ShardWork) -> int:
-    """The prompts of what is left to do."""
-    return sum(shard_rows(shard_path(work.source, index)) for index in work.todo())
+def prompt_count(source: Path, todo: Sequence[int]) -> int:
+    """The prompts of these shards, all of one size but the last.
+
+    Two are opened and not all, which in a store would take longer than the first shard's work.
+    """
+    if not todo:
+        return 0
+    first, last = (shard_rows(shard_path(source, index)) for index in (todo[0], todo[-1]))
+    return first * (len(todo) - 1) + last
 
 
 def transform_shards(
@@ -323,7 +329,7 @@ def transform_shards(
     """Write the transformed groups of every shard of `source` that `target` lacks."""
     work = ShardWork(source, target, transform, provenance)
     if work.todo():
-        with progress_bar(title, prompt_count(work), "prompts") as bar:
+        with progress_bar(title, prompt_count(work.source, work.todo()), "prompts") as bar:
             work_through(work, bar)
 
 
@@ -369,7 +375,7 @@ def sample_shards(
     """Draw the completions of the prompts in `source` that `target` lacks."""
     work = ShardWork(source, target, drawing(sampler), drawn_by(sampler, model))
     if work.todo():
-        with progress_bar(title, prompt_count(work), "prompts") as bar:
+        with progress_bar(title, prompt_count(work.source, work.todo()), "prompts") as bar:
             work_through(replace(work, transform=drawing(sampler, bar.tokens)), bar)
 
 
@@ -414,7 +420,7 @@ def work_here(folder: RunFolder, stage: str) -> None:
     title = {"sample": "sampling", "score": "scoring"}[stage]
     with (
         opened_work(folder, stage, lambda count: bar.tokens(count)) as work,
-        progress_bar(title, prompt_count(work), "prompts") as bar,
+        progress_bar(title, prompt_count(work.source, work.todo()), "prompts") as bar,
     ):
         work_through(work, bar)
 

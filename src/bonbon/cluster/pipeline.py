@@ -18,9 +18,10 @@ from bonbon.cluster.workers import Job, ShardWorker, attempts_folder, ways
 from bonbon.config import PoolConfig, RayEngineConfig
 from bonbon.errors import BonbonError
 from bonbon.files import write_json
-from bonbon.groups import shard_indices, shard_path, shard_rows
+from bonbon.groups import shard_indices
 from bonbon.progress import Bar, progress_bar
 from bonbon.run_folder import RunFolder
+from bonbon.stages import prompt_count
 from bonbon.storage import is_remote, remove_folder
 
 
@@ -68,7 +69,7 @@ def _work(
         _begun(folder, engine) as job,
     ):
         check_room(ray, pools)
-        bar.set(0, _prompts(folder, stages[0], todo))
+        bar.set(0, prompt_count(ways(folder, stages[0])[0], todo))
         try:
             with _quiet_context(ray):
                 _watch(_rows(ray, job, dict(zip(stages, pools.values(), strict=True)), todo), bar)
@@ -108,13 +109,6 @@ def _always(last: Callable[[], object]) -> Iterator[None]:
             last()
         raise
     last()
-
-
-def _prompts(folder: RunFolder, stage: str, todo: Sequence[int]) -> int:
-    """The prompts of these shards, all of one size but the last."""
-    source = ways(folder, stage)[0]
-    first, last = (shard_rows(shard_path(source, index)) for index in (todo[0], todo[-1]))
-    return first * (len(todo) - 1) + last
 
 
 # --- Ray Data -------------------------------------------------------------------------------------
