@@ -519,16 +519,18 @@ def test_a_graceful_stop() -> None:
     gate = Gate()
     backend = FakeBackend(before=gate)
     with serving(backend, concurrency=1) as server:
-        with posted(server, TEXT) as running, posted(server, TEXT) as waiting:
-            until(lambda: server.server.service.admission.waiting == 1, "waiting")
-            server.stop()
-            until(lambda: bool(waiting), "turned away")
-            assert assert_error(waiting[0], 503)["code"] == "stopping"
-            assert server.get("/health").json() == {"status": "stopping"}
-            assert_error(server.post("/v1/completions", TEXT), 503)
-            assert server.get("/metrics").status_code == 200
-            assert not running
-            gate.open.set()
+        with posted(server, TEXT) as running:
+            until(lambda: backend.running == 1, "running")  # else either may come first
+            with posted(server, TEXT) as waiting:
+                until(lambda: server.server.service.admission.waiting == 1, "waiting")
+                server.stop()
+                until(lambda: bool(waiting), "turned away")
+                assert assert_error(waiting[0], 503)["code"] == "stopping"
+                assert server.get("/health").json() == {"status": "stopping"}
+                assert_error(server.post("/v1/completions", TEXT), 503)
+                assert server.get("/metrics").status_code == 200
+                assert not running
+                gate.open.set()
         assert running[0].status_code == 200
         server.thread.join(20)
         with pytest.raises(httpx.ConnectError):
