@@ -1,19 +1,21 @@
-"""What the pipeline itself costs: prompts → samples → groups with a sampler that does nothing.
+"""What the pipeline itself costs: prompts → samples → groups → batches, with no model at work.
 
     python benchmarks/pipeline.py                    # 10,000, 100,000 and 1,000,000 groups of 2
     python benchmarks/pipeline.py --groups 125000 --n 8 --tokens 64    # a million completions
 
 Every size runs in a process of its own: seconds and peak memory of each stage, the same code that a
 run uses, with everything written to disk and read back. The fake sampler hands out completions that
-were made beforehand, so what is measured is the reading, tokenising, converting and writing. The
-last column is the share that this is of a run whose model draws `--model-tokens-per-second`.
+were made beforehand, so what is measured is the reading, tokenising, converting and writing.
+`train` selects the best and the worst of each group and lays out the batches of an epoch. Memory is
+what the process has (rss), and what of it is its own: the rest are pages of files, which the system
+may drop at any time. The last column is the share that all this is of a run whose model draws
+`--model-tokens-per-second`, and does nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -29,24 +31,30 @@ import numpy as np
 
 from bonbon.config import RunConfig, SamplingConfig
 from bonbon.demo import REWARD_MODEL, STORY_MODEL
-from bonbon.groups import Group
+from bonbon.group_batches import GroupBatches, PartsDataset
+from bonbon.groups import Group, open_groups
 from bonbon.prompts import EncodedPrompt, PromptRow, iter_prompts
 from bonbon.sampling import iter_encoded
+from bonbon.selection import best_and_worst
 from bonbon.stages import ShardWork, drawing, named_tokenizer, scoring, work_through, write_prompts
+from bonbon.trainer import GroupCollator
+from bonbon.training_data import selected
 
+BATCH, BATCH_TOKENS = 64, 4096
 SIZES = (10_000, 100_000, 1_000_000)
 PROMPT = "Once upon a time, there was a little girl who had a red ball. One day, "
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage's seconds, and the resident memory of its process (MiB) in its course."""
+    """A stage's seconds, and the memory of its process (MiB) in its course."""
 
     stage: str
     seconds: float
     first: float
     last: float
     peak: float
+    own: float
 
 
 class FakeSampler:
@@ -104,13 +112,15 @@ class _SilentBar:
 
 @contextmanager
 def watched(stage: str, found: list[Measured]) -> Iterator[None]:
-    """Resident memory ten times a second while a stage runs."""
+    """Memory ten times a second while a stage runs."""
     sizes: list[float] = []
+    own: list[float] = []
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.1):
-            sizes.append(resident())
+            sizes.append(held("VmRSS"))
+            own.append(held("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -120,15 +130,15 @@ def watched(stage: str, found: list[Measured]) -> Iterator[None]:
     done.set()
     watcher.join()
     tenth = max(1, len(sizes) // 10)
-    sizes = sizes or [resident()]
+    sizes, own = sizes or [held("VmRSS")], own or [held("RssAnon")]
     first, last = np.mean(sizes[:tenth]), np.mean(sizes[-tenth:])
-    found.append(Measured(stage, seconds, float(first), float(last), max(sizes)))
+    found.append(Measured(stage, seconds, float(first), float(last), max(sizes), max(own)))
 
 
-def resident() -> float:
-    """MiB that the process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def held(what: str) -> float:
+    """MiB that the process holds now: VmRSS, all, or RssAnon, its own."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) / 1024
 
 
 def measure(groups: int, n: int, tokens: int, folder: Path) -> list[Measured]:
@@ -155,6 +165,13 @@ def measure(groups: int, n: int, tokens: int, folder: Path) -> list[Measured]:
     with watched("score", found):
         work = ShardWork(folder / "samples", folder / "groups", scoring(fake_reward), {})
         work_through(work, bar)
+    with watched("train", found):
+        selection = selected(open_groups(folder / "groups"), best_and_worst, folder)
+        assert selection is not None
+        collator = GroupCollator(pad_id=0, max_batch_tokens=BATCH_TOKENS)
+        groups_of = PartsDataset(selection.groups)
+        for parts in GroupBatches(selection.groups.shapes, BATCH, BATCH_TOKENS, seed=0):
+            collator.lay_out([groups_of[part] for part in parts])
     return found
 
 
@@ -163,7 +180,7 @@ def show(groups: int, n: int, tokens: int, rate: float, stages: Sequence[Measure
         each = 1e6 * it.seconds / (groups * n)
         print(
             f"{groups:>9,} {it.stage:<8} {it.seconds:8.1f} {each:12.1f}"
-            f" {it.first:10.0f} {it.last:8.0f} {it.peak:8.0f}"
+            f" {it.first:10.0f} {it.last:8.0f} {it.peak:8.0f} {it.own:8.0f}"
         )
     own = sum(it.seconds for it in stages)
     model = 0.75 * groups * n * tokens / rate
@@ -187,7 +204,7 @@ def main() -> None:
         print(json.dumps([asdict(it) for it in found]))
         return
     print(f"n = {args.n}, at most {args.tokens} tokens a completion; memory in MiB")
-    print("   groups stage     seconds µs/completion  rss first     last     peak")
+    print("   groups stage     seconds µs/completion  rss first     last     peak  own peak")
     for groups in args.groups:
         options = ["--groups", groups, "--n", args.n, "--tokens", args.tokens, "--child"]
         command = [sys.executable, __file__, *map(str, options)]

@@ -33,7 +33,7 @@ from bonbon.run_folder import RunFolder
 from bonbon.stages import ShardWork
 from conftest import MakeGroup
 
-DEADLINE = 120.0
+DEADLINE = 300.0
 
 # --- who is to blame (without Ray) ----------------------------------------------------------------
 

@@ -34,7 +34,6 @@ from bonbon.groups import Groups, shard_path, write_shard
 from bonbon.models import load_policy
 from bonbon.reference_logps import FILE as REFERENCE_LOGPS
 from bonbon.run_folder import RunFolder
-from bonbon.selection import SelectedGroup
 from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
 from conftest import BOS, EOS, PAD, build_tiny_model, byte_tokenizer
 from test_trainer import random_group
@@ -46,11 +45,9 @@ DEADLINE = 240  # seconds, for processes that hang
 sizes = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=40)
 
 
-def groups_of(lengths: Sequence[tuple[int, int]]) -> list[SelectedGroup]:
-    return [
-        SelectedGroup(f"g{i}", (7,) * prompt, ((8,) * width, (8,)), (-1.0,) * 2, (0.0, 1.0))
-        for i, (prompt, width) in enumerate(lengths)
-    ]
+def shapes_of(lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Of groups of two completions."""
+    return [(prompt, 2, width) for prompt, width in lengths]
 
 
 @settings(max_examples=200, deadline=None)
@@ -73,7 +70,7 @@ def test_every_group_counts_once_an_epoch(
     seed: int | None,
 ) -> None:
     """With the same weight as all others of its window, whatever the processes."""
-    groups = groups_of(lengths)
+    groups = shapes_of(lengths)
 
     def batches(processes: Processes) -> list[list[Part]]:
         loader = GroupBatches(
@@ -113,26 +110,25 @@ def test_every_group_counts_once_an_epoch(
 def test_parts_stay_within_the_tokens_of_a_pass(
     lengths: list[tuple[int, int]], world: int, tokens: int
 ) -> None:
-    groups = groups_of(lengths)
-    for part in deal(groups, tokens, world):
+    for part in deal(shapes_of(lengths), tokens, world):
         assert max(map(len, part)) - min(map(len, part)) <= 1
         for own in part:
-            prompt = max((len(groups[i].prompt_token_ids) for i in own), default=0)
-            width = max((len(groups[i].completions[0]) for i in own), default=0)
+            prompt = max((lengths[i][0] for i in own), default=0)
+            width = max((lengths[i][1] for i in own), default=0)
             assert len(own) == 1 or 2 * len(own) * (prompt + width) <= tokens
 
 
 def test_a_batch_is_not_cut_more_often_than_it_must(tiny_model: Path) -> None:
     """Parts of like length hold as many groups as fit."""
-    groups = groups_of([(5, 5)] * 12)  # 20 tokens each
+    groups = shapes_of([(5, 5)] * 12)  # 20 tokens each
     dealt = deal(groups, 60, 2)
     assert [[len(own) for own in part] for part in dealt] == [[3, 3], [3, 3]]
-    long_first = groups_of([(5, 5), (5, 25), (5, 5), (5, 25)])
+    long_first = shapes_of([(5, 5), (5, 25), (5, 5), (5, 25)])
     assert deal(long_first, 60, 2) == [[[1], [3]], [[0], [2]]]
 
 
 def test_the_last_batch_may_be_left_out() -> None:
-    groups = groups_of([(3, 3)] * 7)
+    groups = shapes_of([(3, 3)] * 7)
     batches = GroupBatches(groups, 3, 10**6, drop_last=True)
     assert [sum(len(part.indices) for part in parts) for parts in batches] == [3, 3]
     assert len(batches) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from hypothesis import strategies as st
 from bonbon import groups as groups_module
 from bonbon.errors import BonbonError
 from bonbon.files import write_text
-from bonbon.groups import Group, Groups, read_groups, shard_path, shard_paths, write_shard
+from bonbon.groups import (
+    Group,
+    Groups,
+    open_groups,
+    read_groups,
+    read_shard,
+    shard_path,
+    shard_paths,
+    write_shard,
+)
 from conftest import MakeGroup
 
 PROVENANCE = {"model": "models/tiny", "revision": None, "sampling": {"n": 3, "top_p": 0.9}}
@@ -161,6 +171,34 @@ def test_one_id_twice_is_refused(make_group: MakeGroup, tmp_path: Path) -> None:
     write_shard(shard_path(tmp_path, 1), [make_group("twin")], PROVENANCE)
     with pytest.raises(BonbonError, match="prompt_id 'twin' occurs twice"):
         read_groups(tmp_path)
+
+
+def test_open_groups_hold_a_shard_at_a_time(
+    make_group: MakeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        shard = [make_group(f"p{index}{k}") for k in range(2)]
+        write_shard(shard_path(tmp_path, index), shard, PROVENANCE | {"shard": index})
+    found = open_groups(tmp_path)
+    assert found.provenance == PROVENANCE | {"shard": 0}
+    assert list(found) == list(found) == list(read_groups(tmp_path))
+    last = replace(found, wanted=lambda group: group.prompt_id[-1] == "1")
+    assert [group.prompt_id for group in last] == ["p01", "p11", "p21"]
+    read: list[Path] = []
+    monkeypatch.setattr(
+        groups_module, "read_shard", lambda path: read.append(path) or read_shard(path)
+    )
+    upcoming = iter(found)
+    for count in (1, 1, 2, 2, 3, 3):
+        next(upcoming)
+        assert len(read) == count
+
+
+def test_a_stranger_among_the_shards_is_refused(make_group: MakeGroup, tmp_path: Path) -> None:
+    write_shard(shard_path(tmp_path, 0), [make_group("a")], PROVENANCE)
+    pq.write_table(pa.table({"text": ["not ours"]}), shard_path(tmp_path, 1))
+    with pytest.raises(BonbonError, match=r"shard-00001\.parquet holds no groups"):
+        open_groups(tmp_path)
 
 
 def test_text_and_chat_prompts_do_not_mix(make_group: MakeGroup, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bonbon.errors import BonbonError
-from bonbon.prompts import PromptRow, hold_out, read_prompts
+from bonbon.prompts import PromptRow, is_held_out, read_prompts
 
 CHAT = [{"role": "system", "content": ""}, {"role": "user", "content": "Hi, “du”"}]
 
@@ -290,24 +290,26 @@ def rows_of(count: int) -> list[PromptRow]:
     return [PromptRow(f"id-{i}", f"prompt {i}") for i in range(count)]
 
 
+def hold_out(rows: list[PromptRow], fraction: float) -> list[PromptRow]:
+    return [row for row in rows if is_held_out(row, fraction)]
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
 def test_about_the_fraction_is_held_out(fraction: float) -> None:
     rows = rows_of(4000)
-    kept, held = hold_out(rows, fraction)
+    held = hold_out(rows, fraction)
     # Five standard errors of a binomial share.
     assert abs(len(held) / 4000 - fraction) < 5 * (fraction * (1 - fraction) / 4000) ** 0.5
-    assert sorted(kept + held, key=rows.index) == rows
-    assert not set(kept) & set(held)
 
 
 def test_what_is_held_out_depends_on_the_prompt_alone() -> None:
     rows = rows_of(200)
-    held = hold_out(rows, 0.3)[1]
+    held = hold_out(rows, 0.3)
     shuffled = random.Random(0).sample(rows, len(rows))
-    assert set(hold_out(shuffled, 0.3)[1]) == set(held)
-    assert hold_out(rows[:50], 0.3)[1] == [row for row in held if row in rows[:50]]
-    assert set(held) <= set(hold_out(rows, 0.4)[1])
+    assert set(hold_out(shuffled, 0.3)) == set(held)
+    assert hold_out(rows[:50], 0.3) == [row for row in held if row in rows[:50]]
+    assert set(held) <= set(hold_out(rows, 0.4))
     # Pinned: another version must not evaluate on what this one trained on.
-    assert [row.prompt_id for row in hold_out(rows_of(12), 0.3)[1]] == ["id-3", "id-10"]
+    assert [row.prompt_id for row in hold_out(rows_of(12), 0.3)] == ["id-3", "id-10"]
     renamed = [PromptRow(f"again-{row.prompt_id}", row.prompt) for row in rows]
-    assert [row.prompt for row in hold_out(renamed, 0.3)[1]] == [row.prompt for row in held]
+    assert [row.prompt for row in hold_out(renamed, 0.3)] == [row.prompt for row in held]

@@ -140,8 +140,8 @@ def test_random_choices_depend_on_the_prompt_s_id_alone(
     chosen = [select(group) for group in groups]
     assert chosen == [select(group) for group in groups] == [select(group) for group in others]
     assert len(set(chosen)) > 2
-    selection = select_groups(groups, select).groups
-    assert selection == select_groups(groups[::-1], select).groups[::-1]
+    selection = select_groups(groups, select, list).groups
+    assert selection == select_groups(groups[::-1], select, list).groups[::-1]
 
 
 def test_another_process_makes_the_same_random_choices(make_group: MakeGroup) -> None:
@@ -179,7 +179,7 @@ def test_the_chosen_carry_tokens_log_probabilities_and_rewards(
         token_ids=((4,), (5, 5), (6, 6, 6)),
         logprobs=(-4.0, -5.0, -6.0),
     )
-    (chosen,) = select_groups([group], select).groups
+    (chosen,) = select_groups([group], select, list).groups
     assert (chosen.prompt_id, chosen.prompt_token_ids) == ("p", (1, 7))
     assert chosen.completions == tuple(((4,), (5, 5), (6, 6, 6))[i] for i in indices)
     assert chosen.ref_logps == tuple((-4.0, -5.0, -6.0)[i] for i in indices)
@@ -193,43 +193,43 @@ def test_ties_are_dropped_and_counted(make_group: MakeGroup, select: Select) -> 
         scored(make_group, "tie", 1.0, 1.0),
         scored(make_group, "b", 2.0, 1.0),
     ]
-    selection = select_groups(groups, select)
+    selection = select_groups(groups, select, list)
     assert [group.prompt_id for group in selection.groups] == ["a", "b"]
     assert (selection.n, selection.tied) == (2, 1)
 
 
 def test_n_counts_what_was_drawn_not_what_was_chosen(make_group: MakeGroup) -> None:
     groups = [scored(make_group, "a", 1.0, 2.0, 3.0)]
-    assert [select_groups(groups, select).n for select in CHOICES] == [3] * len(CHOICES)
+    assert [select_groups(groups, select, list).n for select in CHOICES] == [3] * len(CHOICES)
 
 
 @every_choice
 def test_only_ties_are_an_error(make_group: MakeGroup, select: Select) -> None:
     groups = [scored(make_group, name, 1.0, 1.0) for name in "abc"]
     with pytest.raises(BonbonError, match=r"in all 3 groups .* tie"):
-        select_groups(groups, select)
+        select_groups(groups, select, list)
 
 
 @every_choice
 def test_groups_of_two_sizes_are_an_error(make_group: MakeGroup, select: Select) -> None:
     groups = [scored(make_group, "a", 1.0, 2.0), scored(make_group, "odd", 1.0, 2.0, 3.0)]
     with pytest.raises(BonbonError, match="group odd has 3 completions, others have 2"):
-        select_groups(groups, select)
+        select_groups(groups, select, list)
 
 
 @every_choice
 def test_an_unscored_group_is_an_error(make_group: MakeGroup, select: Select) -> None:
     with pytest.raises(BonbonError, match="group raw has no rewards; run `bonbon score`"):
-        select_groups([make_group("raw")], select)
+        select_groups([make_group("raw")], select, list)
 
 
 @every_choice
 def test_one_completion_is_an_error(make_group: MakeGroup, select: Select) -> None:
     with pytest.raises(BonbonError, match=r"group lone has 1 completion; .* needs n >= 2"):
-        select_groups([scored(make_group, "lone", 1.0)], select)
+        select_groups([scored(make_group, "lone", 1.0)], select, list)
 
 
 @every_choice
 def test_no_groups_are_an_error(select: Select) -> None:
     with pytest.raises(BonbonError, match="no groups to train on"):
-        select_groups([], select)
+        select_groups([], select, list)

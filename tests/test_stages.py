@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,16 +15,17 @@ from bonbon.config import RunConfig, SamplingConfig, parse_config
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, read_groups, read_shard, shard_indices, shard_path
 from bonbon.progress import progress_bar
-from bonbon.prompts import EncodedPrompt, PromptRow, hold_out, read_prompts
+from bonbon.prompts import EncodedPrompt, PromptRow, is_held_out, read_prompts
 from bonbon.run_folder import RunFolder
 from bonbon.sampling import encode_prompts
 from bonbon.stage_settings import score_settings
 from bonbon.stages import (
     ShardWork,
     drawing,
-    load_prompts,
+    evaluation_prompts,
     prompt_count,
     scoring,
+    trained_on,
     training_prompts,
     work_through,
     write_prompts,
@@ -159,10 +161,17 @@ def config_of(tmp_path: Path, **changes: Any) -> RunConfig:
 def test_prompts_to_train_on_are_those_that_are_not_held_out(tmp_path: Path) -> None:
     config = config_of(tmp_path, evaluation={"holdout": 0.4})
     rows = read_prompts(config.prompts.path)
-    training, held = load_prompts(config)
-    assert (training, held) == hold_out(rows, 0.4)
-    assert list(training_prompts(config)) == training
+    training, held = list(training_prompts(config)), evaluation_prompts(config)
+    assert held == [row for row in rows if is_held_out(row, 0.4)]
     assert sorted(training + held, key=rows.index) == rows
+    assert len({row.prompt_id for row in training + held}) == len(rows)
+
+
+def test_which_prompts_were_trained_on(tmp_path: Path) -> None:
+    config = config_of(tmp_path, evaluation={"holdout": 0.4})
+    training, held = list(training_prompts(config)), evaluation_prompts(config)
+    told = {json.dumps(row.prompt) for row in (*training[:2], *held)} | {'"another one"'}
+    assert trained_on(config, told) == {json.dumps(row.prompt) for row in training[:2]}
 
 
 @pytest.mark.parametrize("holdout", [1e-9, 1 - 1e-9])
@@ -171,7 +180,7 @@ def test_a_side_without_prompts_is_refused(tmp_path: Path, holdout: float) -> No
     with pytest.raises(BonbonError, match="11 prompts are too few to hold out"):
         list(training_prompts(config))
     with pytest.raises(BonbonError, match="11 prompts are too few to hold out"):
-        load_prompts(config)
+        evaluation_prompts(config)
 
 
 # --- a store --------------------------------------------------------------------------------------

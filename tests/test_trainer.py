@@ -542,11 +542,26 @@ def test_tied_groups_are_dropped_and_counted(
     assert len(trainer.train_dataset) == len(groups)
 
 
+def test_nothing_is_left_of_the_selected_groups(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    """Neither of a training nor of a selection that fails, early or late."""
+    trainer = trainer_of(tiny_model, tmp_path, groups, eval_dataset=groups)
+    assert list(tmp_path.rglob("*.arrow")) == []
+    assert len(list(trainer.train_dataset)) == len(groups)
+    tied = random_group(99, np.random.default_rng(1), [0.5] * N)
+    for bad in ([*groups, groups[0].part(0, 2)], [tied]):
+        with pytest.raises(BonbonError, match=r"groups of one size|rewards? tie"):
+            trainer_of(tiny_model, tmp_path, bad)
+        assert list(tmp_path.rglob("*.arrow")) == []
+
+
 def test_a_datasets_dataset_of_group_rows(tiny_model: Path, groups: Groups, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_list([group.to_row() for group in groups])
     trainer = trainer_of(tiny_model, tmp_path, rows)
-    assert trainer.selection == trainer_of(tiny_model, tmp_path, groups).selection
+    expected = trainer_of(tiny_model, tmp_path, groups)
+    assert list(trainer.train_dataset) == list(expected.train_dataset)
 
 
 # --- what is aimed at -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bonbon.evaluation import Evaluator as Evaluator
     from bonbon.groups import Group as Group
     from bonbon.groups import Groups as Groups
+    from bonbon.groups import open_groups as open_groups
     from bonbon.groups import read_groups as read_groups
     from bonbon.reward import FunctionReward as FunctionReward
     from bonbon.reward import RewardModel as RewardModel
@@ -50,6 +51,7 @@ _HOMES = {
     "WorstOfN": "tilt",
     "generate": "decoding",
     "load_config": "config",
+    "open_groups": "groups",
     "read_groups": "groups",
 }
 __all__ = ["__version__", *_HOMES]

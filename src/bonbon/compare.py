@@ -24,7 +24,7 @@ from bonbon.groups import shard_paths
 from bonbon.prompts import PromptRow
 from bonbon.run_folder import RunFolder
 from bonbon.stage_settings import drawn_by
-from bonbon.stages import evaluation_prompts, load_prompts
+from bonbon.stages import evaluation_prompts, trained_on
 
 _DECODINGS = "best-of-N, temperature=T, top_p=P, top_k=K"
 _NUMBERS = {"temperature": float, "top_p": float, "top_k": int}
@@ -143,15 +143,15 @@ def _run_of(spec: PolicySpec) -> Path | None:
 
 def _trained_on(specs: Sequence[PolicySpec], rows: Sequence[PromptRow]) -> int | None:
     """How many of the prompts some of the runs were trained on; None where a run cannot say."""
+    asked = [json.dumps(row.prompt) for row in rows]
     seen: set[str] = set()
     for spec in specs:
         if (run := _run_of(spec)) is not None:
             try:
-                training, _ = load_prompts(load_config(run / "config.yaml"))
+                seen |= trained_on(load_config(run / "config.yaml"), set(asked))
             except BonbonError:  # its prompts are no longer where they were
                 return None
-            seen.update(json.dumps(row.prompt) for row in training)
-    return sum(json.dumps(row.prompt) in seen for row in rows)
+    return sum(prompt in seen for prompt in asked)
 
 
 def _policy(spec: PolicySpec, config: RunConfig) -> Policy:

@@ -62,7 +62,10 @@ class ModelConfig(Settings):
     name: str = Field(description="a model folder or hub id")
     revision: str | None = None
     dtype: DType = Field("auto", description="auto: float32 on a CPU, bfloat16 on an accelerator")
-    device: str = "auto"
+    device: str = Field(
+        "auto",
+        description="balanced: spread over all accelerators, to measure what one does not hold",
+    )
     trust_remote_code: bool = False
 
 

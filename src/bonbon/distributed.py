@@ -55,6 +55,19 @@ def from_main_process(call: Callable[[], T]) -> T:
     return told[0]  # type: ignore[return-value]
 
 
+def from_machine(call: Callable[[], T]) -> T:
+    """What `call` returns in the first process of this machine, in all processes of the machine.
+
+    Where it raises the others wait until the launcher ends them.
+    """
+    if process_count() == 1:
+        return call()
+    local = _number("LOCAL_RANK", 0)
+    told: list[T | None] = [None] * process_count()
+    _join().all_gather_object(told, call() if local == 0 else None)
+    return told[process_index() - local]  # type: ignore[return-value]
+
+
 def let_the_main_process_speak() -> None:
     """Before an error is shown: the other processes wait a little.
 

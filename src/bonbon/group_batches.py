@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from bonbon.batching import token_batches
@@ -40,32 +42,35 @@ class Processes:
     index: int = 0
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch's groups, the one that transformers' `Trainer` has for one process."""
     generator = torch.Generator().manual_seed(seed + epoch)
-    return torch.randperm(count, generator=generator).tolist()
+    return torch.randperm(count, generator=generator).numpy()
 
 
-def deal(groups: Sequence[SelectedGroup], max_tokens: int, processes: int = 1) -> list[Deal]:
-    """A batch's parts: for each, the indices of `groups` that each process takes.
+def deal(shapes: ArrayLike, max_tokens: int, processes: int = 1) -> list[Deal]:
+    """A batch's parts: for each, the indices of the groups that each process takes.
 
     Every index is in exactly one list. A part's lists are of one length, but in the last part they
     may be shorter by one, or empty, for the later processes.
+
+    Args:
+        shapes: (G, 3): a group's tokens of the prompt, its completions, and the tokens of the
+            longest completion.
+        max_tokens: most tokens of a part in a process.
+        processes: how many share the batch.
     """
+    prompts, completions, longest = np.asarray(shapes, dtype=np.int64).T
     # With the longest prompt of all, so that no padding takes a part over the limit.
-    prompt = max(len(group.prompt_token_ids) for group in groups)
-    lengths = [
-        len(group.completions) * (prompt + max(map(len, group.completions))) for group in groups
-    ]
-    order = sorted(range(len(groups)), key=lambda index: (-lengths[index], index))
+    lengths = completions * (prompts.max() + longest)
+    order = np.argsort(-lengths, kind="stable").tolist()
     rounds = [order[start : start + processes] for start in range(0, len(order), processes)]
-    longest = [lengths[a_round[0]] for a_round in rounds]
     return [
         [
             [rounds[r][process] for r in part if process < len(rounds[r])]
             for process in range(processes)
         ]
-        for part in token_batches(rounds, longest, max_tokens)
+        for part in token_batches(rounds, [int(lengths[first]) for first, *_ in rounds], max_tokens)
     ]
 
 
@@ -77,7 +82,7 @@ class GroupBatches(Sampler[list[Part]]):
     left at an epoch's end) is the mean over all their groups.
 
     Args:
-        groups: all of them, in every process.
+        shapes: (G, 3), all groups' shapes, in every process; see `deal`.
         batch_size: groups a batch, over all processes; the last batch of an epoch may have fewer.
         max_tokens: most tokens of a part in a process.
         window: batches whose gradients are accumulated.
@@ -88,7 +93,7 @@ class GroupBatches(Sampler[list[Part]]):
 
     def __init__(
         self,
-        groups: Sequence[SelectedGroup],
+        shapes: ArrayLike,
         batch_size: int,
         max_tokens: int,
         *,
@@ -97,7 +102,7 @@ class GroupBatches(Sampler[list[Part]]):
         processes: Processes = Processes(),
         drop_last: bool = False,
     ) -> None:
-        self.groups = groups
+        self.shapes = np.asarray(shapes)
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.window = window
@@ -111,11 +116,11 @@ class GroupBatches(Sampler[list[Part]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.groups), self.batch_size)
+        whole, rest = divmod(len(self.shapes), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[Part]]:
-        order = list(range(len(self.groups)))
+        order = np.arange(len(self.shapes))
         if self.seed is not None:
             order = epoch_order(len(order), self.seed, self.epoch)
         size = self.batch_size
@@ -126,12 +131,12 @@ class GroupBatches(Sampler[list[Part]]):
             for batch in window:
                 yield list(self._parts(batch, weight))
 
-    def _parts(self, batch: Sequence[int], weight: float) -> Iterator[Part]:
-        dealt = deal([self.groups[i] for i in batch], self.max_tokens, self.processes.count)
+    def _parts(self, batch: np.ndarray, weight: float) -> Iterator[Part]:
+        dealt = deal(self.shapes[batch], self.max_tokens, self.processes.count)
         for part in dealt:
             own = part[self.processes.index]
             filler = part[0][-1:]
-            yield Part(tuple(batch[i] for i in own or filler), weight * len(own))
+            yield Part(tuple(batch[own or filler].tolist()), weight * len(own))
 
 
 class PartsDataset(Dataset[tuple[list[SelectedGroup], float]]):

@@ -22,13 +22,14 @@ version and the provenance (model, revision, sampling settings, reward) are JSON
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bonbon.errors import BonbonError
@@ -262,16 +263,50 @@ def iter_shards(folder: Path) -> Iterator[Groups]:
 
 def read_groups(folder: Path | str) -> Groups:
     """Read a whole data set. Raises BonbonError when there is none, or when an id occurs twice."""
-    shards = list(iter_shards(storage_path(folder)))
-    if not shards:
+    stored = open_groups(folder)
+    return Groups(list(stored), stored.provenance)
+
+
+def open_groups(folder: Path | str) -> StoredGroups:
+    """A data set of any size, to iterate over; of its groups the ids alone are read before.
+
+    Raises BonbonError when there is none, or when an id occurs twice.
+    """
+    place = storage_path(folder)
+    paths = shard_paths(place)
+    if not paths:
         raise BonbonError(f"no groups in {folder}: it has no shard-*.parquet files")
-    groups = Groups([group for shard in shards for group in shard], shards[0].provenance)
-    seen: set[str] = set()
-    for group in groups:
-        if group.prompt_id in seen:
-            raise BonbonError(f"prompt_id {group.prompt_id!r} occurs twice in {folder}")
-        seen.add(group.prompt_id)
-    return groups
+    _check_ids(place, paths)
+    return StoredGroups(place, shard_provenance(paths[0]))
+
+
+@dataclass(frozen=True)
+class StoredGroups(Iterable[Group]):
+    """The groups of a folder, or those that `wanted` takes; a shard is in memory at a time.
+
+    Iterating raises BonbonError when a shard cannot be read.
+    """
+
+    folder: Path
+    provenance: Mapping[str, Any]
+    wanted: Callable[[Group], bool] | None = None
+
+    def __iter__(self) -> Iterator[Group]:
+        for shard in iter_shards(self.folder):
+            yield from filter(self.wanted, shard) if self.wanted else shard
+
+
+def _check_ids(folder: Path, paths: Iterable[Path]) -> None:
+    chunks = []
+    for path in paths:
+        with _opened(path) as file:
+            _provenance(path, file.schema_arrow.metadata)  # that it holds groups at all
+            chunks += file.read(columns=["prompt_id"])["prompt_id"].chunks
+    ids = pa.chunked_array(chunks, pa.string())
+    if pc.count_distinct(ids).as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        raise BonbonError(f"prompt_id {twice!r} occurs twice in {folder}")
 
 
 class Groups(Sequence[Group]):

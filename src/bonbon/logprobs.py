@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from bonbon.batching import PaddedRows, Tokens, pad, positions
+from bonbon.models import devices_of
 
 # Up to this many logits (rows x positions x vocabulary) are computed at once, 64 MiB in float32;
 # more go in chunks of as many, or on a CPU of fewer, which is as fast and holds less.
@@ -131,6 +132,8 @@ def _chunked_log_probs(
     head = getattr(inner, "get_output_embeddings", lambda: None)()
     # DataParallel would copy the changed head to other devices, bound to the first one's weights.
     if head is None or isinstance(model, nn.DataParallel) or _scales_logits(model):
+        return None
+    if len(devices_of(inner)) > 1:  # its logits are moved to where the inputs are
         return None
     length, project = targets.shape[1], head.forward
     limit = _CPU_LOGITS if targets.device.type == "cpu" else _LOGITS

@@ -22,6 +22,7 @@ from bonbon.errors import BonbonError
 from bonbon.files import read_json
 
 Quantization = Literal["nf4", "int8"]
+BALANCED = "balanced"  # as a device: a model's layers, spread over all accelerators
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -103,9 +104,12 @@ def load_policy(
 
     `name` is a Hugging Face model folder or id, or a PEFT adapter folder (its base is loaded with
     it). Weights are read from safetensors only. With `quantization` bitsandbytes quantises those of
-    the linear layers. Raises BonbonError when anything is missing.
+    the linear layers. On the device `balanced` the layers are spread evenly over all accelerators,
+    one behind the other; such a model can be measured, but not drawn from. Raises BonbonError when
+    anything is missing, or does not fit.
     """
-    where = pick_device(device)
+    spread = device == BALANCED
+    where = pick_device("auto" if spread else device)
     folder = Path(name).expanduser()
     if (folder / "adapter_config.json").exists() and not (
         folder / "adapter_model.safetensors"
@@ -118,12 +122,30 @@ def load_policy(
         name,
         dtype=pick_dtype(dtype, where),
         use_safetensors=True,
+        **({"device_map": BALANCED} if spread else {}),
         **_quantized(quantization, pick_dtype(dtype, where), where),
         **shared,
     )
+    if spread:
+        _check_fits(model, name, where)
     tokenizer = load_pretrained(AutoTokenizer, "tokenizer of", name, **shared)
-    # Quantised weights are made where they stay.
-    return (model if quantization else model.to(where)).eval(), tokenizer
+    placed = spread or quantization  # else where they are read
+    return (model if placed else model.to(where)).eval(), tokenizer
+
+
+def _check_fits(model: PreTrainedModel, name: str, device: torch.device) -> None:
+    """Raise BonbonError where layers that no accelerator had room for were put elsewhere."""
+    places = set(map(str, devices_of(model)))
+    if device.type != "cpu" and places & {"cpu", "disk"}:
+        raise BonbonError(
+            f"model {name} does not fit this machine's accelerators together; set the model's "
+            "device to cpu, or use more of them"
+        )
+
+
+def devices_of(model: Any) -> set[Any]:
+    """Where a model's layers were put by `balanced`; empty for a model that is in one place."""
+    return set(getattr(model, "hf_device_map", {}).values())
 
 
 def _quantized(

@@ -30,8 +30,9 @@ from bonbon.stage_settings import (
     train_settings,
 )
 from bonbon.stages import (
-    load_prompts,
+    evaluation_prompts,
     named_tokenizer,
+    trained_on,
     training_prompts,
     work_here,
     write_prompts,
@@ -140,12 +141,10 @@ def evaluate(folder: RunFolder) -> Evaluation:
     if config.rounds > 1:
         folder.compare("rounds", rounds_settings(config))
     folder.begin("evaluate", evaluation_settings(config))
-    training_rows, rows = load_prompts(config)
+    rows = evaluation_prompts(config)
+    known = trained_on(config, {json.dumps(row.prompt) for row in rows})
     evaluation = evaluate_policies(folder, _policies(folder), rows)
-    trained_on = {json.dumps(row.prompt) for row in training_rows}
-    seen = sum(
-        json.dumps(group.prompt) in trained_on for group in read_groups(folder.evaluation / BASE)
-    )
+    seen = sum(json.dumps(it.prompt) in known for it in read_groups(folder.evaluation / BASE))
     about = {
         "main": config.model_name,
         "prompts_trained_on": seen,

@@ -6,10 +6,10 @@ import csv
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -43,9 +43,6 @@ class EncodedPrompt:
     def as_group(self) -> Group:
         """The group of this prompt before anything is drawn."""
         return Group(self.prompt_id, self.prompt, self.token_ids, (), (), (), ())
-
-
-Row = TypeVar("Row", PromptRow, Group)
 
 
 def read_prompts(
@@ -145,15 +142,6 @@ def _check_ids(ids: _Ids, path: Path, id_column: str) -> None:
         f"{path}, row {rows[1]}: id {_id_of(record, id_column, rows[1])!r} was used by row "
         f"{rows[0]} already"
     )
-
-
-def hold_out(rows: Iterable[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Split into (kept, held out) by a hash of the prompt; see `is_held_out`."""
-    kept: list[Row] = []
-    held: list[Row] = []
-    for row in rows:
-        (held if is_held_out(row, fraction) else kept).append(row)
-    return kept, held
 
 
 def is_held_out(row: PromptRow | Group, fraction: float) -> bool:

@@ -8,9 +8,7 @@ the groups, shared out over the processes as the batches are: about a third of a
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bonbon.errors import BonbonError
 from bonbon.group_batches import GroupBatches, Processes
-from bonbon.selection import SelectedGroup
+from bonbon.selected_groups import SelectedGroups
 
 if TYPE_CHECKING:
     from bonbon.trainer import BoNBoNTrainer
@@ -67,33 +65,21 @@ class ReferenceLogps(TrainerCallback):
         assert self._known is not None
         return self._known
 
-    def _groups(self) -> dict[str, list[SelectedGroup]]:
+    def _groups(self) -> dict[str, SelectedGroups]:
         found = {"train": self.trainer.train_dataset, "eval": self.trainer.eval_dataset}
         return {name: groups for name, groups in found.items() if groups is not None}
 
     def _put(self, logps: dict[str, torch.Tensor]) -> None:
         for name, groups in self._groups().items():
-            rows = logps[name].tolist()
-            groups[:] = [
-                replace(group, ref_logps=tuple(row))
-                for group, row in zip(groups, rows, strict=True)
-            ]
+            groups.ref_logps[:] = logps[name].numpy()
         self._known = logps
 
 
-def _digests(datasets: Mapping[str, Sequence[SelectedGroup]]) -> dict[str, str]:
-    """What tells the groups of one training, and their order, from those of another."""
-    found = {}
-    for name, groups in datasets.items():
-        digest = hashlib.blake2b(digest_size=16)
-        for group in groups:
-            told = (group.prompt_id, group.prompt_token_ids, group.completions)
-            digest.update(repr(told).encode())
-        found[name] = digest.hexdigest()
-    return found
+def _digests(datasets: Mapping[str, SelectedGroups]) -> dict[str, str]:
+    return {name: groups.digest() for name, groups in datasets.items()}
 
 
-def _kept(path: Path, datasets: Mapping[str, Sequence[SelectedGroup]]) -> dict[str, torch.Tensor]:
+def _kept(path: Path, datasets: Mapping[str, SelectedGroups]) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, "pt") as file:
             noted = file.metadata()
@@ -111,20 +97,19 @@ def _kept(path: Path, datasets: Mapping[str, Sequence[SelectedGroup]]) -> dict[s
 
 
 @torch.no_grad()
-def reference_logps(trainer: BoNBoNTrainer, groups: Sequence[SelectedGroup]) -> torch.Tensor:
+def reference_logps(trainer: BoNBoNTrainer, groups: SelectedGroups) -> torch.Tensor:
     """ln π of every group's selected completions under the model as it is now, (G, m), nats.
 
     Each process computes its share of the groups; all get all of them. float64.
     """
     args, collator, model = trainer.args, trainer.data_collator, trainer.model_wrapped
     batches = GroupBatches(
-        groups,
+        groups.shapes,
         args.eval_batch_size * args.world_size,
         collator.max_batch_tokens,
         processes=Processes(args.world_size, args.process_index),
     )
-    shape = (len(groups), len(groups[0].completions))
-    found = torch.zeros(shape, dtype=torch.float64, device=args.device)
+    found = torch.zeros(groups.ref_logps.shape, dtype=torch.float64, device=args.device)
     was_training = model.training
     model.eval()
     for parts in batches:

@@ -19,7 +19,7 @@ from bonbon.config import SamplingConfig
 from bonbon.decoding.strategy import Candidates, Cost, timed
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
-from bonbon.models import apply_chat_template, context_length
+from bonbon.models import apply_chat_template, context_length, devices_of
 from bonbon.prompts import EncodedPrompt, PromptRow
 from bonbon.rows import Decoder, Row, Rows
 
@@ -153,6 +153,8 @@ class TransformersSampler:
         stream: names the random stream; samplers of two models that are to be compared need
             different ones, or their draws would be correlated.
         stop: strings at whose first appearance a completion ends.
+
+    Raises BonbonError for a model whose layers are on several devices.
     """
 
     def __init__(
@@ -163,6 +165,11 @@ class TransformersSampler:
         stream: str = "",
         stop: tuple[str, ...] = (),
     ) -> None:
+        if len(devices_of(model)) > 1:
+            raise BonbonError(
+                "sampler: transformers draws from a model on one device; to spread one over "
+                "several, use sampler: vllm with tensor_parallel_size"
+            )
         self.model = model
         self.tokenizer = processing_class
         self.config = config

@@ -8,13 +8,15 @@ that every run, epoch and process makes the same ones.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
 
 Select = Callable[[Group], tuple[int, ...] | None]
+Kept = TypeVar("Kept", bound="Sequence[SelectedGroup]")
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,25 @@ class SelectedGroup:
     ref_logps: tuple[float, ...]
     rewards: tuple[float, ...]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Tokens of the prompt, completions, and tokens of the longest completion."""
+        lengths = [len(ids) for ids in self.completions]
+        return len(self.prompt_token_ids), len(lengths), max(lengths)
+
 
 @dataclass(frozen=True)
-class Selection:
+class Selection(Generic[Kept]):
     """What to train on, the n that each group holds, and how many groups were left out."""
 
-    groups: list[SelectedGroup]
+    groups: Kept
     n: int
     tied: int
+
+    @property
+    def found(self) -> int:
+        """How many groups there were to select from."""
+        return len(self.groups) + self.tied
 
 
 # --- choices --------------------------------------------------------------------------------------
@@ -97,29 +110,41 @@ def _rewards(group: Group) -> tuple[float, ...]:
 # --- a data set -----------------------------------------------------------------------------------
 
 
-def select_groups(groups: Sequence[Group], select: Select) -> Selection:
+def select_groups(
+    groups: Iterable[Group], select: Select, keep: Callable[[Iterable[SelectedGroup]], Kept]
+) -> Selection[Kept]:
     """The chosen completions of every group; groups that tie are dropped and counted.
 
-    Raises BonbonError when there are no groups, when they differ in n (the target depends on it),
-    when a group is unscored or has fewer than two completions, or when every group ties.
+    The groups are taken one by one; `keep`, `list` for one, holds the selections. Raises
+    BonbonError when there are no groups, when they differ in n (the target depends on it), when a
+    group is unscored or has fewer than two completions, or when every group ties.
     """
-    if not groups:
+    n = tied = 0
+
+    def chosen() -> Iterator[SelectedGroup]:
+        nonlocal n, tied
+        for group in groups:
+            n = n or group.n
+            if group.n != n:
+                raise BonbonError(
+                    f"group {group.prompt_id} has {group.n} completions, others have {n}; train on "
+                    "groups of one size"
+                )
+            indices = select(group)
+            if indices is None:
+                tied += 1
+            else:
+                yield _selected(group, indices)
+
+    kept = keep(chosen())
+    if not kept and not tied:
         raise BonbonError("there are no groups to train on")
-    n = groups[0].n
-    for group in groups:
-        if group.n != n:
-            raise BonbonError(
-                f"group {group.prompt_id} has {group.n} completions, others have {n}; train on "
-                "groups of one size"
-            )
-    chosen = [(group, select(group)) for group in groups]
-    selected = [_selected(group, indices) for group, indices in chosen if indices is not None]
-    if not selected:
+    if not kept:
         raise BonbonError(
-            f"in all {len(groups)} groups the best and the worst reward tie: the reward tells no "
+            f"in all {tied} groups the best and the worst reward tie: the reward tells no "
             "completion from another, so there is nothing to learn"
         )
-    return Selection(selected, n, tied=len(groups) - len(selected))
+    return Selection(kept, n, tied)
 
 
 def _selected(group: Group, indices: Sequence[int]) -> SelectedGroup:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,7 +41,7 @@ from bonbon.groups import (
 )
 from bonbon.models import load_policy, load_tokenizer
 from bonbon.progress import Bar, progress_bar
-from bonbon.prompts import EncodedPrompt, PromptRow, hold_out, is_held_out, iter_prompts
+from bonbon.prompts import EncodedPrompt, PromptRow, is_held_out, iter_prompts
 from bonbon.reward import (
     FunctionReward,
     Reward,
@@ -144,42 +145,38 @@ def without_neutral(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def evaluation_prompts(config: RunConfig) -> list[PromptRow]:
-    """The prompts to evaluate on alone."""
+    """The prompts to evaluate on. Raises BonbonError as `iter_prompts` does."""
     if config.evaluation.prompts is not None:
         return read_configured(config.evaluation.prompts)
-    return load_prompts(config)[1]
-
-
-def load_prompts(config: RunConfig) -> tuple[list[PromptRow], list[PromptRow]]:
-    """The prompts to train on and those to evaluate on."""
-    if config.evaluation.prompts is not None:
-        return list(training_prompts(config)), read_configured(config.evaluation.prompts)
-    kept, held = hold_out(_rows(config.prompts), config.evaluation.holdout)
-    _check_sides(config, len(kept), len(held))
-    return kept, held
+    return [row for row, is_held in _divided(config) if is_held]
 
 
 def training_prompts(config: RunConfig) -> Iterator[PromptRow]:
     """The prompts to train on, one in memory at a time. Raises BonbonError as `iter_prompts`."""
     if config.evaluation.prompts is not None:
         yield from _rows(config.prompts)
-        return
-    kept = held = 0
+    else:
+        yield from (row for row, is_held in _divided(config) if not is_held)
+
+
+def _divided(config: RunConfig) -> Iterator[tuple[PromptRow, bool]]:
+    """All prompts, each with whether it is held out for the evaluation."""
+    counts = {True: 0, False: 0}
     for row in _rows(config.prompts):
-        if is_held_out(row, config.evaluation.holdout):
-            held += 1
-        else:
-            kept += 1
-            yield row
-    _check_sides(config, kept, held)
-
-
-def _check_sides(config: RunConfig, kept: int, held: int) -> None:
-    if not kept or not held:
+        is_held = is_held_out(row, config.evaluation.holdout)
+        counts[is_held] += 1
+        yield row, is_held
+    if 0 in counts.values():
         raise BonbonError(
-            f"{config.prompts.path}: {kept + held} prompts are too few to hold out "
+            f"{config.prompts.path}: {sum(counts.values())} prompts are too few to hold out "
             f"{config.evaluation.holdout:.0%} for the evaluation; set evaluation.prompts"
         )
+
+
+def trained_on(config: RunConfig, among: Collection[str]) -> set[str]:
+    """Those of some prompts, each as JSON, that the training prompts have too."""
+    told = (json.dumps(row.prompt) for row in training_prompts(config))
+    return {prompt for prompt in told if prompt in among}
 
 
 def read_configured(prompts: PromptsConfig) -> list[PromptRow]:

@@ -4,7 +4,8 @@
     trainer = BoNBoNTrainer("model", BoNBoNConfig("out"), train_dataset=groups)
     trainer.train()
 
-The base model's log-probabilities are in the groups, so no reference model is held in memory.
+The base model's log-probabilities are in the groups, so no reference model is held in memory. Nor
+are the groups, which processes map from a file (`bonbon.selected_groups`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,11 +44,19 @@ from bonbon.objectives import (
 )
 from bonbon.prompts import EncodedPrompt
 from bonbon.reference_logps import ReferenceLogps, wants_recomputing
-from bonbon.selection import SelectedGroup, Selection
+from bonbon.selected_groups import SelectedGroups
+from bonbon.selection import SelectedGroup
 from bonbon.tilt import TILTS
 from bonbon.trainer_config import BoNBoNConfig as BoNBoNConfig
 from bonbon.trainer_config import target_n
-from bonbon.training_data import check_logprobs, common_n, drawn_with, selected, temperature_of
+from bonbon.training_data import (
+    MappedSelection,
+    check_logprobs,
+    common_n,
+    drawn_with,
+    selected,
+    temperature_of,
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class GroupCollator:
     max_batch_tokens: int
 
     def __call__(self, groups: Sequence[SelectedGroup]) -> dict[str, Any]:
-        parts = [own for (own,) in deal(groups, self.max_batch_tokens)]
+        parts = [own for (own,) in deal([it.shape for it in groups], self.max_batch_tokens)]
         shares = [len(part) / len(groups) for part in parts]
         return {"groups": torch.tensor([index for part in parts for index in part])} | self.lay_out(
             [([groups[i] for i in part], share) for part, share in zip(parts, shares, strict=True)]
@@ -92,9 +102,10 @@ class BoNBoNTrainer(Trainer):
     Args:
         model: a causal language model, or the name of one.
         args: the settings; see `BoNBoNConfig`.
-        train_dataset: groups: `bonbon.Groups`, any sequence of `Group`, or a `datasets.Dataset` of
-            their rows. Groups whose rewards all tie carry no preference: they are dropped, and
-            counted in `self.selection.tied`.
+        train_dataset: groups: those of `bonbon.read_groups` or (of any number, as they are read one
+            by one) `bonbon.open_groups`, other `Group`s that can be iterated over, or a
+            `datasets.Dataset` of their rows. Groups whose rewards all tie carry no preference: they
+            are dropped, and counted in `self.selection.tied`.
         eval_dataset: held-out groups for the evaluation loss (and early stopping).
         processing_class: the model's tokenizer (for the padding token, and saved with the model).
         peft_config: train an adapter instead of all weights.
@@ -137,9 +148,10 @@ class BoNBoNTrainer(Trainer):
         for dataset in (train_dataset, eval_dataset):
             check_independent(getattr(dataset, "provenance", {}), "train on")
         self.temperature = temperature_of(args, train_dataset)
-        self.selection = selected(train_dataset, self.objective.select)
-        held_out = selected(eval_dataset, self.objective.select)
-        self.drawn = common_n(self.selection, held_out)
+        folder = Path(str(args.output_dir))
+        self.selection = selected(train_dataset, self.objective.select, folder)
+        self.held_out = selected(eval_dataset, self.objective.select, folder)
+        self.drawn = common_n(self.selection, self.held_out)
         self.n = target_n(args, self.drawn)
         self.tilt = args.tilt or self.objective.tilt
         self._shares = supports_shared_prompt(model)
@@ -154,7 +166,7 @@ class BoNBoNTrainer(Trainer):
                 "leave one of the two out"
             )
         if args.kl_budget is not None:
-            chosen = held_out or self.selection
+            chosen = self.held_out or self.selection
             meter = self._kl_meter(model, processing_class, args, chosen, drawn_with(train_dataset))
             callbacks = [
                 *(callbacks or []),
@@ -166,7 +178,7 @@ class BoNBoNTrainer(Trainer):
             args=args,
             data_collator=GroupCollator(pad_id or 0, args.max_batch_tokens or _pass_tokens(args)),
             train_dataset=self.selection.groups if self.selection else None,
-            eval_dataset=held_out.groups if held_out else None,
+            eval_dataset=self.held_out.groups if self.held_out else None,
             processing_class=processing_class,
             callbacks=callbacks,
             **kwargs,
@@ -190,7 +202,7 @@ class BoNBoNTrainer(Trainer):
                 self._reference = ReferenceLogps(self)
                 self.add_callback(self._reference)
             else:
-                check_logprobs(self.selection, held_out)
+                check_logprobs(self.selection, self.held_out)
         # The loss is a plain mean over groups, so gradient accumulation divides by its steps.
         self.model_accepts_loss_kwargs = False
         self._settings = ObjectiveSettings(
@@ -211,12 +223,12 @@ class BoNBoNTrainer(Trainer):
         model: Any,
         tokenizer: Tokenizer | None,
         args: BoNBoNConfig,
-        chosen: Selection | None,
+        chosen: MappedSelection | None,
         drawn: Mapping[str, Any],
     ) -> KLMeter:
         if tokenizer is None or chosen is None:
             raise BonbonError("kl_budget draws completions; give a processing_class and groups")
-        longest = max(len(ids) for group in chosen.groups for ids in group.completions)
+        longest = int(chosen.groups.shapes[:, 2].max())
         step = max(1, len(chosen.groups) // args.kl_prompts)
         prompts = [
             EncodedPrompt(group.prompt_id, "", group.prompt_token_ids)
@@ -319,12 +331,10 @@ class BoNBoNTrainer(Trainer):
         size = self.args.eval_batch_size * self.args.world_size
         return self._loader(groups, size, window=len(groups))
 
-    def _loader(
-        self, groups: Sequence[SelectedGroup], batch_size: int, **settings: Any
-    ) -> GroupLoader:
+    def _loader(self, groups: SelectedGroups, batch_size: int, **settings: Any) -> GroupLoader:
         args, collator = self.args, self.data_collator
         batches = GroupBatches(
-            groups,
+            groups.shapes,
             batch_size,
             collator.max_batch_tokens,
             processes=Processes(args.world_size, args.process_index),

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,10 +35,10 @@ from bonbon.distributed import (
 )
 from bonbon.errors import BonbonError
 from bonbon.files import atomic_folder, write_json
-from bonbon.groups import Groups, read_groups
+from bonbon.groups import StoredGroups, open_groups
 from bonbon.models import load_policy
 from bonbon.progress import progress_bar
-from bonbon.prompts import hold_out
+from bonbon.prompts import is_held_out
 from bonbon.run_folder import RunFolder
 from bonbon.stage_settings import refuse_rounds, train_settings
 from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
@@ -69,7 +70,8 @@ def _train_one(folder: RunFolder, name: str) -> None:
         return
     if not folder.is_finished("score", folder.groups):
         raise BonbonError(f"{folder.groups} is not complete; run `bonbon score` to the end first")
-    groups, held_out = _split(read_groups(folder.groups), settings.eval_fraction)
+    stored = from_main_process(lambda: open_groups(folder.groups))
+    groups, held_out = _split(stored, settings.eval_fraction)
     trainer = _trainer(folder, name, groups, held_out)
     checkpoint = from_main_process(lambda: folder.last_checkpoint(name))
     if checkpoint is not None:
@@ -82,8 +84,8 @@ def _train_one(folder: RunFolder, name: str) -> None:
         "objective": settings.objective,
         "n": trainer.n,
         "tilt": trainer.tilt,
-        "groups": len(groups),
-        "held_out_groups": len(held_out or ()),
+        "groups": trainer.selection.found,
+        "held_out_groups": trainer.held_out.found if trainer.held_out else 0,
         "tied_groups_dropped": trainer.selection.tied,
         "seconds": time.monotonic() - began,
         "log": trainer.state.log_history,
@@ -94,7 +96,7 @@ def _train_one(folder: RunFolder, name: str) -> None:
 
 
 def _trainer(
-    folder: RunFolder, name: str, groups: Groups, held_out: Groups | None
+    folder: RunFolder, name: str, groups: StoredGroups, held_out: StoredGroups | None
 ) -> BoNBoNTrainer:
     settings = folder.config.trainings[name]
     peft_config = _peft_config(settings)
@@ -180,17 +182,21 @@ def _check_checkpoint(trainer: BoNBoNTrainer, checkpoint: Path) -> None:
         )
 
 
-def _split(groups: Groups, fraction: float) -> tuple[Groups, Groups | None]:
+def _split(groups: StoredGroups, fraction: float) -> tuple[StoredGroups, StoredGroups | None]:
     """The groups to train on, and those held out for the evaluation loss."""
     if fraction == 0:
         return groups, None
-    kept, held = hold_out(groups, fraction)
-    if not kept or not held:
+    kept = replace(groups, wanted=lambda group: not is_held_out(group, fraction))
+    held = replace(groups, wanted=lambda group: is_held_out(group, fraction))
+    if from_main_process(lambda: _is_empty(kept) or _is_empty(held)):
         raise BonbonError(
-            f"train.eval_fraction = {fraction:g} of {len(groups)} groups leaves a side empty; "
-            "change it"
+            f"train.eval_fraction = {fraction:g} of the groups leaves a side empty; change it"
         )
-    return Groups(kept, groups.provenance), Groups(held, groups.provenance)
+    return kept, held
+
+
+def _is_empty(groups: StoredGroups) -> bool:
+    return next(iter(groups), None) is None
 
 
 def _training_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bonbon.distributed import from_machine, wait_for_everyone
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
 from bonbon.objectives import OBJECTIVES
-from bonbon.selection import Select, Selection, select_groups
+from bonbon.selected_groups import SelectedGroups, write_selected
+from bonbon.selection import Select, SelectedGroup, Selection, select_groups
 from bonbon.trainer_config import BoNBoNConfig
 
 
@@ -37,31 +41,63 @@ def temperature_of(args: BoNBoNConfig, dataset: Any) -> float:
     return float(next((t for t in (asked, found) if t is not None), 1.0))
 
 
-def selected(dataset: Any, choice: Select) -> Selection | None:
+MappedSelection = Selection[SelectedGroups]
+
+
+def selected(dataset: Any, choice: Select, folder: Path) -> MappedSelection | None:
+    """What a choice takes of a data set, read once on each machine; None for no data set.
+
+    It goes through a file in `folder` that the processes of a machine map. The file is then
+    removed, and what is mapped stays until they end.
+    """
     if dataset is None:
         return None
-    groups = [row if isinstance(row, Group) else Group.from_row(row) for row in dataset]
-    for group in groups:
+    path, n, tied = from_machine(lambda: _select(dataset, choice, folder))
+    groups = SelectedGroups(path)
+    wait_for_everyone()
+    path.unlink(missing_ok=True)  # by whichever process comes first
+    return Selection(groups, n, tied)
+
+
+def _select(dataset: Iterable[Any], choice: Select, folder: Path) -> tuple[Path, int, int]:
+    """A new file with what is selected, and what `Selection` knows of it."""
+    path = folder / f".selected-{uuid.uuid4().hex}.arrow"
+
+    def written(groups: Iterable[SelectedGroup]) -> SelectedGroups:
+        write_selected(groups, path)
+        return SelectedGroups(path)
+
+    try:
+        selection = select_groups(_trainable(dataset), choice, written)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path, selection.n, selection.tied
+
+
+def _trainable(dataset: Iterable[Any]) -> Iterator[Group]:
+    for row in dataset:
+        group = row if isinstance(row, Group) else Group.from_row(row)
         if any(-1 in ids for ids in group.token_ids):
             raise BonbonError(
                 f"the completions of prompt {group.prompt_id} have texts but no tokens, as a "
                 "server gave them; draw them with a sampler of `bonbon sample`"
             )
-    return select_groups(groups, choice)
+        yield group
 
 
-def check_logprobs(*selections: Selection | None) -> None:
+def check_logprobs(*selections: MappedSelection | None) -> None:
     """Raise BonbonError for groups whose log-probabilities are not known."""
-    groups = [group for selection in selections if selection for group in selection.groups]
-    unknown = [group.prompt_id for group in groups if not np.isfinite(group.ref_logps).all()]
-    if unknown:
-        raise BonbonError(
-            f"the groups of {len(unknown)} prompts ({unknown[0]}, …) have no log-probabilities; "
-            "set logprobs to recompute"
-        )
+    for groups in (selection.groups for selection in selections if selection):
+        unknown = np.flatnonzero(~np.isfinite(groups.ref_logps).all(axis=1)).tolist()
+        if unknown:
+            raise BonbonError(
+                f"the groups of {len(unknown)} prompts ({groups[unknown[0]].prompt_id}, …) have no "
+                "log-probabilities; set logprobs to recompute"
+            )
 
 
-def common_n(*selections: Selection | None) -> int | None:
+def common_n(*selections: MappedSelection | None) -> int | None:
     found = {selection.n for selection in selections if selection is not None}
     if len(found) > 1:
         raise BonbonError(

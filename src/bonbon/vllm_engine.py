@@ -46,7 +46,7 @@ from bonbon.config import (
 from bonbon.errors import BonbonError
 from bonbon.files import read_json
 from bonbon.groups import Group, Prompt
-from bonbon.models import end_token_ids, load_pretrained, pick_dtype
+from bonbon.models import BALANCED, end_token_ids, load_pretrained, pick_dtype
 from bonbon.prompts import EncodedPrompt, PromptRow
 from bonbon.reward import reward_inputs
 from bonbon.rows import completion_text
@@ -242,7 +242,7 @@ def _built_for(device: str) -> str:
     from vllm.platforms import current_platform
 
     built_for = str(current_platform.device_type)
-    if device not in ("auto", built_for):
+    if device not in ("auto", BALANCED, built_for):
         raise BonbonError(
             f"device {device!r} cannot be had: the installed vLLM runs on {built_for!r}; leave "
             "device at auto, and choose among GPUs with CUDA_VISIBLE_DEVICES"
