@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bonbon import groups as groups_module
+from bonbon.ahead import AHEAD
 from bonbon.errors import BonbonError
 from bonbon.files import write_text
 from bonbon.groups import (
@@ -23,7 +24,6 @@ from bonbon.groups import (
     Groups,
     open_groups,
     read_groups,
-    read_shard,
     shard_path,
     shard_paths,
     write_shard,
@@ -173,25 +173,28 @@ def test_one_id_twice_is_refused(make_group: MakeGroup, tmp_path: Path) -> None:
         read_groups(tmp_path)
 
 
-def test_open_groups_hold_a_shard_at_a_time(
+def test_open_groups_are_read_while_they_are_taken(
     make_group: MakeGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for index in range(3):
+    for index in range(AHEAD + 3):
         shard = [make_group(f"p{index}{k}") for k in range(2)]
         write_shard(shard_path(tmp_path, index), shard, PROVENANCE | {"shard": index})
     found = open_groups(tmp_path)
     assert found.provenance == PROVENANCE | {"shard": 0}
     assert list(found) == list(found) == list(read_groups(tmp_path))
     last = replace(found, wanted=lambda group: group.prompt_id[-1] == "1")
-    assert [group.prompt_id for group in last] == ["p01", "p11", "p21"]
-    read: list[Path] = []
-    monkeypatch.setattr(
-        groups_module, "read_shard", lambda path: read.append(path) or read_shard(path)
-    )
-    upcoming = iter(found)
-    for count in (1, 1, 2, 2, 3, 3):
-        next(upcoming)
-        assert len(read) == count
+    assert [group.prompt_id for group in last] == [f"p{i}1" for i in range(AHEAD + 3)]
+    made = 0
+
+    def counted(table: pa.Table) -> Groups:
+        nonlocal made
+        made += 1
+        return as_groups(table)
+
+    as_groups = groups_module._as_groups
+    monkeypatch.setattr(groups_module, "_as_groups", counted)
+    for taken, _ in enumerate(found):
+        assert made == taken // 2 + 1
 
 
 def test_a_stranger_among_the_shards_is_refused(make_group: MakeGroup, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -32,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from bonbon.ahead import in_turn
 from bonbon.errors import BonbonError
 from bonbon.files import atomic_path
 from bonbon.storage import is_remote, reached, storage_path
@@ -219,9 +221,18 @@ def write_shard(path: Path, groups: Sequence[Group], provenance: Mapping[str, An
 
 def read_shard(path: Path) -> Groups:
     """Read one shard. Raises BonbonError when it is not a Parquet file of groups."""
+    return _as_groups(_read_table(path))
+
+
+def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A shard's table, its provenance read and looked at."""
     with _opened(path) as file:
-        table = file.read()
-    provenance = _provenance(path, table.schema.metadata)
+        _provenance(path, file.schema_arrow.metadata)
+        return file.read(columns)
+
+
+def _as_groups(table: pa.Table) -> Groups:
+    provenance = json.loads(table.schema.metadata[_METADATA_KEY])["provenance"]
     return Groups([Group.from_row(row) for row in table.to_pylist()], provenance)
 
 
@@ -257,8 +268,13 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def iter_shards(folder: Path) -> Iterator[Groups]:
-    """Each shard of a data set in turn, one in memory at a time."""
-    return map(read_shard, shard_paths(folder))
+    """Each shard of a data set in turn; the tables of a few are read ahead."""
+    return map(_as_groups, in_turn(_read_table, shard_paths(folder)))
+
+
+def iter_provenance(folder: Path) -> Iterator[dict[str, Any]]:
+    """Each shard's provenance in turn."""
+    return in_turn(shard_provenance, shard_paths(folder))
 
 
 def read_groups(folder: Path | str) -> Groups:
@@ -276,13 +292,13 @@ def open_groups(folder: Path | str) -> StoredGroups:
     paths = shard_paths(place)
     if not paths:
         raise BonbonError(f"no groups in {folder}: it has no shard-*.parquet files")
-    _check_ids(place, paths)
+    _check_ids(folder, paths)
     return StoredGroups(place, shard_provenance(paths[0]))
 
 
 @dataclass(frozen=True)
 class StoredGroups(Iterable[Group]):
-    """The groups of a folder, or those that `wanted` takes; a shard is in memory at a time.
+    """The groups of a folder, or those that `wanted` takes; a few shards are in memory at a time.
 
     Iterating raises BonbonError when a shard cannot be read.
     """
@@ -296,13 +312,9 @@ class StoredGroups(Iterable[Group]):
             yield from filter(self.wanted, shard) if self.wanted else shard
 
 
-def _check_ids(folder: Path, paths: Iterable[Path]) -> None:
-    chunks = []
-    for path in paths:
-        with _opened(path) as file:
-            _provenance(path, file.schema_arrow.metadata)  # that it holds groups at all
-            chunks += file.read(columns=["prompt_id"])["prompt_id"].chunks
-    ids = pa.chunked_array(chunks, pa.string())
+def _check_ids(folder: Path | str, paths: Iterable[Path]) -> None:
+    tables = in_turn(partial(_read_table, columns=["prompt_id"]), paths)
+    ids = pa.chunked_array([ids for it in tables for ids in it["prompt_id"].chunks], pa.string())
     if pc.count_distinct(ids).as_py() < len(ids):
         counts = pc.value_counts(ids)
         twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()

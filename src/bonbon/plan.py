@@ -22,7 +22,7 @@ from bonbon.errors import BonbonError
 from bonbon.evaluation.best_of_k import best_of_k_curve
 from bonbon.evaluation.figures import Figure, Floats
 from bonbon.files import write_json
-from bonbon.groups import Group, Groups, shard_paths, shard_provenance
+from bonbon.groups import Group, Groups, iter_provenance
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -155,7 +155,7 @@ def sampling_speed(provenance: Mapping[str, Any]) -> float | None:
 
 def sampling_speed_beside(groups: Path) -> float | None:
     """Tokens a second of the draws in `samples/` beside scored groups; None where it has none."""
-    spent = [shard_provenance(path) for path in shard_paths(groups.parent / "samples")]
+    spent = list(iter_provenance(groups.parent / "samples"))
     if not all(noted.get("tokens") and noted.get("seconds") for noted in spent) or not spent:
         return None
     return float(sum(s["tokens"] for s in spent) / sum(s["seconds"] for s in spent))

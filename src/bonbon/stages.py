@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from bonbon.ahead import in_turn
 from bonbon.config import (
     ModelConfig,
     OpenAISamplerConfig,
@@ -32,10 +33,10 @@ from bonbon.groups import (
     Group,
     Groups,
     Prompt,
+    iter_provenance,
     read_shard,
     shard_indices,
     shard_path,
-    shard_provenance,
     shard_rows,
     write_shard,
 )
@@ -340,11 +341,13 @@ def write_prompts(prompts: Iterable[EncodedPrompt], folder: Path, size: int) -> 
     """
     remove_folder(folder)
     upcoming = iter(prompts)
-    shards = 0
-    while chunk := list(islice(upcoming, size)):
-        write_shard(shard_path(folder, shards), [prompt.as_group() for prompt in chunk], {})
-        shards += 1
-    return shards
+    chunks = iter(lambda: [prompt.as_group() for prompt in islice(upcoming, size)], [])
+
+    def write(numbered: tuple[int, list[Group]]) -> None:
+        index, groups = numbered
+        write_shard(shard_path(folder, index), groups, {})
+
+    return sum(1 for _ in in_turn(write, enumerate(chunks)))
 
 
 def drawing(sampler: Sampler, progress: Callable[[int], Any] | None = None) -> Transform:
@@ -422,8 +425,12 @@ def work_here(folder: RunFolder, stage: str) -> None:
         work_through(work, bar)
 
 
-def spent(folder: Path, what: str) -> float | None:
-    """The `seconds` or `tokens` that the shards of a folder took; None where they do not say."""
-    noted = [shard_provenance(shard_path(folder, i)).get(what) for i in shard_indices(folder)]
-    found = [value for value in noted if value is not None]
-    return sum(found) if found and len(found) == len(noted) else None
+def spent(folder: Path) -> dict[str, float | None]:
+    """The `tokens` and `seconds` that the shards of a folder took; None where they do not say."""
+    noted = list(iter_provenance(folder))
+    return {what: _sum([it.get(what) for it in noted]) for what in ("tokens", "seconds")}
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) if found and len(found) == len(values) else None

@@ -269,18 +269,20 @@ def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
     measured = [path for path in places if path.is_dir()]
     samples = [path for path in measured if path.name.endswith("-samples")]
     cost: dict[str, Any] = {
-        "evaluation": {"tokens": _total(samples, "tokens"), "seconds": _total(measured, "seconds")}
+        "evaluation": {
+            "tokens": _totals(samples)["tokens"],
+            "seconds": _totals(measured)["seconds"],
+        }
     }
     if not all(shard_paths(part.samples) for part in parts):
         return cost
-    drawn, scored = [part.samples for part in parts], [part.groups for part in parts]
     logs = {
         name: [path / "training_log.json" for path in _models_of(name, parts)]
         for name in folder.config.trainings
     }
     return cost | {
-        "sampling": {"tokens": _total(drawn, "tokens"), "seconds": _total(drawn, "seconds")},
-        "scoring": {"seconds": _total(scored, "seconds")},
+        "sampling": _totals([part.samples for part in parts]),
+        "scoring": {"seconds": _totals([part.groups for part in parts])["seconds"]},
         "training": {
             name: {"seconds": sum(read_json(path)["seconds"] for path in paths)}
             for name, paths in logs.items()
@@ -293,6 +295,10 @@ def _models_of(name: str, parts: Sequence[RunFolder]) -> list[Path]:
     return [part.model(name) for part in parts if part.model(name).is_dir()]
 
 
-def _total(folders: Sequence[Path], what: str) -> float | None:
-    found = [spent(path, what) for path in folders]
-    return sum(value for value in found if value is not None) if None not in found else None
+def _totals(folders: Sequence[Path]) -> dict[str, float | None]:
+    found = [spent(path) for path in folders]
+    columns = {what: [it[what] for it in found] for what in ("tokens", "seconds")}
+    return {
+        what: None if None in values else sum(value for value in values if value is not None)
+        for what, values in columns.items()
+    }
