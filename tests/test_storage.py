@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -87,19 +88,38 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-PLACES = ["disk", "memory", "s3"]
+@pytest.fixture
+def google_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Google Cloud Storage server on this machine."""
+    emulator = pytest.importorskip(
+        "gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed"
+    )
+    gcsfs = pytest.importorskip("gcsfs", reason="gcsfs is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # or it looks for credentials of a machine there
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    yield
+    server.stop()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+PLACES = ["disk", "memory", "s3", "gs"]
 
 
 @pytest.fixture(params=PLACES)
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """An empty folder on disk, in fsspec's memory, and in S3."""
+    """An empty folder on disk, in fsspec's memory, in S3 and in Google Cloud Storage."""
     if request.param == "disk":
         return storage_path(str(tmp_path / "data"))
     if request.param == "memory":
         pytest.importorskip("upath", reason="universal-pathlib is not installed")
         return storage_path(f"memory://{tmp_path.name}/data")
-    request.getfixturevalue("store")
-    return storage_path("s3://bucket/data")
+    request.getfixturevalue({"s3": "store", "gs": "google_store"}[request.param])
+    return storage_path(f"{request.param}://bucket/data")
 
 
 def test_what_is_remote(place: Path, tmp_path: Path) -> None:
@@ -298,15 +318,10 @@ def test_the_users_own_settings_of_a_store_come_first(
     assert path.fs.config_kwargs == {"connect_timeout": 77}
 
 
-@pytest.mark.parametrize("place", ["nonsense://a/b", "gs://bucket/runs"])
+@pytest.mark.parametrize("place", ["nonsense://a/b", "abfs://container/runs"])
 def test_a_store_whose_library_is_missing(place: str) -> None:
-    if place.startswith("gs"):
-        try:
-            import gcsfs  # type: ignore[import-not-found]  # noqa: F401
-        except ImportError:
-            pass
-        else:
-            pytest.skip("gcsfs is installed")
+    if place.startswith("abfs") and find_spec("adlfs") is not None:
+        pytest.skip("adlfs is installed")
     with pytest.raises(BonbonError, match=rf"storage {place} cannot be used: .*pip install"):
         storage_path(place)
 
