@@ -105,11 +105,6 @@ def write_prompt_file(path: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-class _SilentBar:
-    def advance(self, count: int) -> None:
-        pass
-
-
 @contextmanager
 def watched(stage: str, found: list[Measured]) -> Iterator[None]:
     """Memory ten times a second while a stage runs."""
@@ -154,24 +149,23 @@ def measure(groups: int, n: int, tokens: int, folder: Path) -> list[Measured]:
     write_prompt_file(config.prompts.path, groups)
     tokenizer, context = named_tokenizer(config.model, config.sampler)
     sampler = FakeSampler(n, tokens)
-    bar: Any = _SilentBar()
     with watched("prompts", found):
         rows = iter_prompts(config.prompts.path)
         encoded = iter_encoded(rows, tokenizer, max_tokens=context)
         write_prompts(encoded, folder / "prompts", config.sampling.shard_size)
     with watched("sample", found):
         work = ShardWork(folder / "prompts", folder / "samples", drawing(sampler), {})
-        work_through(work, bar)
+        work_through(work, "sampling")
     with watched("score", found):
         work = ShardWork(folder / "samples", folder / "groups", scoring(fake_reward), {})
-        work_through(work, bar)
+        work_through(work, "scoring")
     with watched("train", found):
         selection = selected(open_groups(folder / "groups"), best_and_worst, folder)
         assert selection is not None
-        collator = GroupCollator(pad_id=0, max_batch_tokens=BATCH_TOKENS)
+        collator = GroupCollator(pad_id=0)
         groups_of = PartsDataset(selection.groups)
         for parts in GroupBatches(selection.groups.shapes, BATCH, BATCH_TOKENS, seed=0):
-            collator.lay_out([groups_of[part] for part in parts])
+            collator([groups_of[part] for part in parts])
     return found
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +25,7 @@ from typer.testing import CliRunner
 
 from bonbon import pipeline
 from bonbon.cli import app
-from bonbon.cluster import workers
+from bonbon.cluster import session, workers
 from bonbon.cluster.attempts import DeadLetters, Ledger, Try
 from bonbon.cluster.workers import HOPELESS, Job, Workshop
 from bonbon.config import PoolConfig, RayEngineConfig, parse_config
@@ -60,7 +62,7 @@ class Shop:
         self.calls: list[list[str]] = []
         self.fails: dict[str, Exception] = {}
 
-    def transform(self, groups: Sequence[Group]) -> list[Group]:
+    def transform(self, groups: Sequence[Group], _: Any) -> list[Group]:
         self.calls.append([group.prompt_id for group in groups])
         for group in groups:
             if group.prompt_id in self.fails:
@@ -86,7 +88,11 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, make_group: MakeGroup) -> Shop:
+def shop(tmp_path: Path, make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch) -> Shop:
+    def left(status: int) -> None:
+        raise KeyboardInterrupt(f"the process would end with {status}")
+
+    monkeypatch.setattr(os, "_exit", left)
     return Shop(tmp_path, make_group)
 
 
@@ -587,6 +593,8 @@ def test_what_a_worker_raises_is_one_sentence(nodes: Any, folder_of: MakeFolder)
         work_on_cluster(RunFolder(folder.path, broken), ["sample"], broken.engine)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    assert "Ray" not in str(caught.value)
+    assert "UDF" not in str(caught.value)
 
 
 def test_a_cluster_that_is_too_small_is_refused(nodes: Any, folder_of: MakeFolder) -> None:
@@ -607,6 +615,60 @@ def test_a_cluster_that_is_too_small_is_refused(nodes: Any, folder_of: MakeFolde
 
 
 # --- without a cluster ----------------------------------------------------------------------------
+
+
+class FakeRay:
+    """Of Ray what says where its head is."""
+
+    def __init__(self, port: int) -> None:
+        self.gcs_address = f"127.0.0.1:{port}"
+
+    def get_runtime_context(self) -> FakeRay:
+        return self
+
+
+def test_a_head_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_BEAT", 0.05)
+    monkeypatch.setattr(session, "_SILENCE", 0.5)
+    head = socket.create_server(("127.0.0.1", 0))
+    ray: Any = FakeRay(head.getsockname()[1])
+    wait = threading.Event().wait
+    with session.watched_head(ray):
+        wait(1)  # it is there
+    head.close()
+    with (
+        pytest.raises(BonbonError, match=r"head of the Ray cluster, at 127\.0\.0\.1:\d+, can"),
+        session.watched_head(ray),
+    ):
+        wait(DEADLINE)
+    with pytest.raises(KeyboardInterrupt), session.watched_head(ray):  # the user's own
+        raise KeyboardInterrupt
+
+
+def test_a_cluster_that_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AuthenticationError(Exception):
+        pass
+
+    class Refusing:
+        @staticmethod
+        def init(**options: Any) -> None:
+            try:
+                raise AuthenticationError("RAY_AUTH_MODE is disabled")
+            except AuthenticationError as error:
+                raise ConnectionError("Failed to connect") from error
+
+    refusing: Any = Refusing
+    with pytest.raises(
+        BonbonError, match=r"at 10\.0\.0\.1:1 asks for a token; set RAY_AUTH_MODE=tok"
+    ):
+        session._connect(refusing, "10.0.0.1:1")
+
+
+def test_what_ray_adds_to_a_sentence_is_left_out() -> None:
+    error = pickle.loads(pickle.dumps(UnavailableError("the server is down")))
+    error.args = (f"{error.args[0]}\nFailed to apply UDF transform after 1/1 attempts.",)
+    for told in (error, pickle.loads(pickle.dumps(error))):
+        assert str(told) == "the server is down"
 
 
 def test_an_address_without_a_cluster_is_an_error_at_once(folder_of: MakeFolder) -> None:

@@ -75,6 +75,14 @@ def test_a_dump_is_read_as_the_same_configuration(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
+@pytest.mark.parametrize("sampler", ["transformers", {"name": "openai", "base_url": "http://x/v1"}])
+def test_a_spread_model_is_drawn_from_by_vllm(sampler: Any) -> None:
+    model = {"name": "m", "device": "balanced"}
+    assert parsed(model=model, sampler="vllm").model.device == "balanced"
+    with pytest.raises(BonbonError, match=r"device: balanced .* is sampler: vllm with tensor_par"):
+        parsed(model=model, sampler=sampler)
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.9)])
 def test_top_k_and_top_p_truncate(top_k: int, top_p: float) -> None:
     cut = {"top_k": top_k, "top_p": top_p}

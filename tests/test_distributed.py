@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
+import told_by_machine
 import train_in_processes
 from bonbon import pipeline
 from bonbon.config import parse_config
@@ -160,6 +161,18 @@ def test_one_process_gets_the_batches_that_transformers_makes(
 
 
 # --- processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("machines", ["a a b b", "a b a b", "a b b b"])
+def test_each_machine_is_asked_once(machines: str, tmp_path: Path) -> None:
+    """However the launcher numbers the processes."""
+    names = machines.split()
+    run = ("torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    finish(start(*run, told_by_machine.__file__, str(tmp_path), MACHINES=machines))
+    for rank, name in enumerate(names):
+        first = names.index(name)
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found == [f"{name}, by process {first}", int(rank == first)]
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from bonbon.errors import BonbonError
-from bonbon.files import atomic_path, read_json, write_json, write_text
+from bonbon.files import (
+    atomic_path,
+    beside,
+    read_json,
+    remove_torn,
+    write_json,
+    write_text,
+)
 
 
 def test_a_reader_of_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:
@@ -34,6 +42,36 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         fail_half_way()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    """Whoever comes last: a reader finds the text of one of them, whole."""
+    path = tmp_path / "file"
+    texts = {letter * 200_000 for letter in "ab"}
+    write_text(path, min(texts))
+    with ThreadPoolExecutor(2) as pool:
+        writers = [
+            pool.submit(lambda text: [write_text(path, text) for _ in range(100)], text)
+            for text in texts
+        ]
+        while not all(writer.done() for writer in writers):
+            assert path.read_text() in texts
+    for writer in writers:
+        writer.result()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    for kept in ("a.txt", "b.tmp", ".hidden"):
+        (tmp_path / kept).write_text("")
+    for torn in (beside(tmp_path / "a.txt"), beside(tmp_path / "deep" / "shard.parquet")):
+        torn.parent.mkdir(exist_ok=True)
+        torn.write_text("half")
+    model = beside(tmp_path / "model")
+    model.mkdir()
+    (model / "weights").write_text("half")
+    remove_torn(tmp_path)
+    assert {p.name for p in tmp_path.rglob("*")} == {"a.txt", "b.tmp", ".hidden", "deep"}
 
 
 def test_json_is_json(tmp_path: Path) -> None:

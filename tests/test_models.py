@@ -15,7 +15,7 @@ from bonbon import logprobs, models
 from bonbon.batching import pad_rows
 from bonbon.config import SamplingConfig
 from bonbon.errors import BonbonError
-from bonbon.evaluation import completion_kls
+from bonbon.evaluation import completion_kls, human_text
 from bonbon.logprobs import completion_log_probs
 from bonbon.models import load_policy
 from bonbon.sampling import TransformersSampler
@@ -65,6 +65,24 @@ def test_a_spread_model_is_measured_as_it_is_in_one_place(
             completion_log_probs(spread, rows), completion_log_probs(whole, rows)
         )
     remove_hook_from_module(spread, recurse=True)
+
+
+def test_no_more_logits_are_made_at_once_than_of_kls(
+    tiny_model: Path, spread: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spread model's are all made at once, so its batches of texts must be small."""
+    whole, tokenizer = load_policy(str(tiny_model), device="cpu")
+    monkeypatch.setattr(human_text, "LOGITS", 20 * 259)
+    made = []
+    hook = spread.register_forward_hook(lambda *seen: made.append(seen[-1].logits.shape))
+    texts = ["one text", "and one more", "3", "four"] * 3
+    found = human_text.human_text_losses(spread, tokenizer, texts)
+    hook.remove()
+    assert len(made) > 3
+    assert max(rows * columns for rows, columns, _ in made) <= 20
+    np.testing.assert_allclose(
+        found.nats, human_text.human_text_losses(whole, tokenizer, texts).nats, rtol=1e-5
+    )
 
 
 def test_a_spread_model_is_not_drawn_from(tiny_model: Path, spread: PreTrainedModel) -> None:

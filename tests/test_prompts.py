@@ -302,6 +302,13 @@ def test_about_the_fraction_is_held_out(fraction: float) -> None:
     assert abs(len(held) / 4000 - fraction) < 5 * (fraction * (1 - fraction) / 4000) ** 0.5
 
 
+def test_a_split_within_a_split_is_independent_of_it() -> None:
+    """Or nothing would be left to hold out of what was not held out before."""
+    kept = [row for row in rows_of(4000) if not is_held_out(row, 0.2)]
+    held = [row for row in kept if is_held_out(row, 0.2, "another")]
+    assert abs(len(held) / len(kept) - 0.2) < 5 * (0.2 * 0.8 / len(kept)) ** 0.5
+
+
 def test_what_is_held_out_depends_on_the_prompt_alone() -> None:
     rows = rows_of(200)
     held = hold_out(rows, 0.3)

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from bonbon.cluster import workers
 from bonbon.config import OpenAISamplerConfig, SamplingConfig
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, UnavailableError
 from bonbon.groups import Group
 from bonbon.prompts import EncodedPrompt, PromptRow
 from bonbon.remote import client as remote_client
@@ -481,6 +482,16 @@ def test_a_server_that_does_not_name_its_models() -> None:
     stub.models_fault = "404"  # a server of one model that lists none
     assert drawn(stub, model="stub")[0].n == 3
     assert "its models: status 404" in error_of(stub)
+
+
+def test_a_server_that_is_slow_to_name_its_models_is_no_prompt_s_fault() -> None:
+    """So a worker on a cluster does not try its prompts one by one."""
+    stub = StubUpstream()
+    stub.models_fault = "slow"
+    with drawing(stub, timeout=0.2) as sampler, pytest.raises(UnavailableError) as error:
+        sampler.encode(ROWS)
+    assert "give its models: it took longer than 0.2 seconds; wait until" in str(error.value)
+    assert not workers._may_have_broken(error.value)
 
 
 def test_a_server_that_is_not_there() -> None:

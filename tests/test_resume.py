@@ -10,11 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from bonbon import pipeline
+from bonbon.config import parse_config
+from bonbon.errors import BonbonError, DivergedError
 from bonbon.groups import read_groups
+from bonbon.run_folder import RunFolder
 
 KILLS = 5
 DEADLINE = 240  # seconds, for a run that hangs
@@ -99,3 +104,48 @@ def test_killed_runs_lose_and_double_nothing(config: Path, tmp_path: Path) -> No
     assert figures[1]["kl"]["value"] == pytest.approx(figures[0]["kl"]["value"], rel=1e-3)
     left = list(killed.rglob("*.tmp"))
     assert not left
+
+
+def test_a_training_that_diverged_can_be_begun_anew(config: Path, tmp_path: Path) -> None:
+    """With another learning rate, on the same groups; not with other groups."""
+    values = yaml.safe_load(config.read_text())
+
+    def folder_at(learning_rate: float) -> RunFolder:
+        values["train"]["learning_rate"] = learning_rate
+        return RunFolder(tmp_path / "out", parse_config(values))
+
+    wild = folder_at(1e30)
+    with wild.locked():
+        pipeline.sample_and_score(wild)
+        for _ in range(2):
+            with pytest.raises(DivergedError, match="lower the learning rate"):
+                pipeline.train(wild)
+        assert not wild.checkpoints(wild.config.model_name).exists()
+    tame = folder_at(1e-3)
+    with tame.locked():
+        pipeline.train(tame)
+    assert (tame.path / "model" / "model.safetensors").is_file()
+    assert "learning_rate: 0.001" in (tame.path / "config.yaml").read_text()
+
+
+def test_a_training_that_came_to_nothing_can_be_changed(config: Path, tmp_path: Path) -> None:
+    """One that has begun to learn cannot."""
+    values = yaml.safe_load(config.read_text())
+
+    def folder_with(**settings: Any) -> RunFolder:
+        values["train"] |= settings
+        return RunFolder(tmp_path / "out", parse_config(values))
+
+    mistaken = folder_with(lora={"target_modules": ["no_such_layer"], "merge": True})
+    with mistaken.locked():
+        pipeline.sample_and_score(mistaken)
+        with pytest.raises(BonbonError, match="this adapter does not fit the model"):
+            pipeline.train(mistaken)
+    killed = folder_with(lora=None, eval_fraction=0.2, eval_steps=2, epochs=1)
+    with killed.locked():
+        pipeline.train(killed)
+    record = json.loads((killed.path / "model" / "training_log.json").read_text())
+    assert record["groups"] > record["held_out_groups"] > 0
+    assert any("eval_loss" in entry for entry in record["log"])
+    with pytest.raises(BonbonError, match=r"epochs was 1\.0 and is now 2\.0"):
+        pipeline.train(folder_with(epochs=2))

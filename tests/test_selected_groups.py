@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,9 +40,9 @@ def test_what_is_written_is_read(
     groups: list[SelectedGroup], chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the chunks, by any index, and when the file is gone."""
-    monkeypatch.setattr("bonbon.selected_groups._CHUNK", chunk)
+    monkeypatch.setattr("bonbon.selected_groups._CHUNK", 5 * chunk)
     path = tmp_path / "sub" / "selected.arrow"
-    assert write_selected(iter(groups), path) == len(groups)
+    write_selected(iter(groups), path)
     found = SelectedGroups(path)
     path.unlink()
     assert list(found) == groups
@@ -51,7 +52,10 @@ def test_what_is_written_is_read(
     for index in (len(groups), -len(groups) - 1):
         with pytest.raises(IndexError):
             found[index]
-    assert list(map(tuple, found.shapes.tolist())) == [group.shape for group in groups]
+    assert list(map(tuple, found.shapes.tolist())) == [
+        (len(it.prompt_token_ids), len(it.completions), max(map(len, it.completions)))
+        for it in groups
+    ]
     assert [tuple(row) for row in found.ref_logps.tolist()] == [it.ref_logps for it in groups]
 
 
@@ -82,7 +86,10 @@ def test_a_digest_tells_tokens_and_order_but_no_figures(tmp_path: Path) -> None:
     assert opened([figures, second, *rest], tmp_path).digest() == digest
     tokens = SelectedGroup("p0", (1, 0), ((), (5,)), (0.0, -2.0), (0.5, 0.25))
     moved = SelectedGroup("p0", (1, 0), ((4,), ()), (0.0, -2.0), (0.5, 0.25))
-    for other in ([second, first, *rest], [tokens, second, *rest], [moved, second, *rest], rest):
+    name = SelectedGroup("q0", *list(vars(first).values())[1:])
+    prompt = SelectedGroup("p0", (1, 9), *list(vars(first).values())[2:])
+    swapped = [[it, second, *rest] for it in (tokens, moved, name, prompt)]
+    for other in (*swapped, [second, first, *rest], rest):
         assert opened(other, tmp_path).digest() != digest
 
 
@@ -90,6 +97,26 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BonbonError, match=r"cannot write .*choose a folder that can be written"):
         write_selected(GROUPS, tmp_path / "file" / "selected.arrow")
+
+
+def test_what_the_groups_raise_is_not_the_file_s_fault(tmp_path: Path) -> None:
+    def broken() -> Iterator[SelectedGroup]:
+        yield GROUPS[0]
+        raise ConnectionError("the hub cannot be reached")
+
+    with pytest.raises(ConnectionError, match="the hub"):
+        write_selected(broken(), tmp_path / "selected.arrow")
+
+
+def test_log_probabilities_that_are_not_there(tmp_path: Path) -> None:
+    unknown: Any = SelectedGroup("p", (1,), ((2,), (3,)), (None, -1.0), (0.0, 1.0))
+    assert np.isnan(opened([unknown], tmp_path).ref_logps[0, 0])
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "selected.arrow").symlink_to("/dev/full")
+    with pytest.raises(BonbonError, match=r"cannot write .*No space left .*make room"):
+        write_selected(GROUPS, tmp_path / "selected.arrow")
 
 
 def test_what_is_mapped_takes_no_memory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,13 +17,13 @@ from scipy import stats
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
 from bonbon.selection import (
+    Chosen,
     Select,
     all_completions,
     best,
     best_and_random,
     best_and_worst,
     random_pair,
-    select_groups,
 )
 from conftest import MakeGroup
 
@@ -140,8 +141,8 @@ def test_random_choices_depend_on_the_prompt_s_id_alone(
     chosen = [select(group) for group in groups]
     assert chosen == [select(group) for group in groups] == [select(group) for group in others]
     assert len(set(chosen)) > 2
-    selection = select_groups(groups, select, list).groups
-    assert selection == select_groups(groups[::-1], select, list).groups[::-1]
+    selection = list(Chosen(groups, select))
+    assert selection == list(Chosen(groups[::-1], select))[::-1]
 
 
 def test_another_process_makes_the_same_random_choices(make_group: MakeGroup) -> None:
@@ -179,7 +180,7 @@ def test_the_chosen_carry_tokens_log_probabilities_and_rewards(
         token_ids=((4,), (5, 5), (6, 6, 6)),
         logprobs=(-4.0, -5.0, -6.0),
     )
-    (chosen,) = select_groups([group], select, list).groups
+    (chosen,) = list(Chosen([group], select))
     assert (chosen.prompt_id, chosen.prompt_token_ids) == ("p", (1, 7))
     assert chosen.completions == tuple(((4,), (5, 5), (6, 6, 6))[i] for i in indices)
     assert chosen.ref_logps == tuple((-4.0, -5.0, -6.0)[i] for i in indices)
@@ -193,43 +194,56 @@ def test_ties_are_dropped_and_counted(make_group: MakeGroup, select: Select) -> 
         scored(make_group, "tie", 1.0, 1.0),
         scored(make_group, "b", 2.0, 1.0),
     ]
-    selection = select_groups(groups, select, list)
-    assert [group.prompt_id for group in selection.groups] == ["a", "b"]
-    assert (selection.n, selection.tied) == (2, 1)
+    chosen = Chosen(groups, select)
+    for _ in range(2):
+        assert [group.prompt_id for group in chosen] == ["a", "b"]
+        assert (chosen.n, chosen.tied) == (2, 1)
 
 
 def test_n_counts_what_was_drawn_not_what_was_chosen(make_group: MakeGroup) -> None:
     groups = [scored(make_group, "a", 1.0, 2.0, 3.0)]
-    assert [select_groups(groups, select, list).n for select in CHOICES] == [3] * len(CHOICES)
+    for select in CHOICES:
+        chosen = Chosen(groups, select)
+        list(chosen)
+        assert chosen.n == 3
 
 
 @every_choice
 def test_only_ties_are_an_error(make_group: MakeGroup, select: Select) -> None:
     groups = [scored(make_group, name, 1.0, 1.0) for name in "abc"]
     with pytest.raises(BonbonError, match=r"in all 3 groups .* tie"):
-        select_groups(groups, select, list)
+        list(Chosen(groups, select))
 
 
 @every_choice
 def test_groups_of_two_sizes_are_an_error(make_group: MakeGroup, select: Select) -> None:
     groups = [scored(make_group, "a", 1.0, 2.0), scored(make_group, "odd", 1.0, 2.0, 3.0)]
     with pytest.raises(BonbonError, match="group odd has 3 completions, others have 2"):
-        select_groups(groups, select, list)
+        list(Chosen(groups, select))
 
 
 @every_choice
 def test_an_unscored_group_is_an_error(make_group: MakeGroup, select: Select) -> None:
     with pytest.raises(BonbonError, match="group raw has no rewards; run `bonbon score`"):
-        select_groups([make_group("raw")], select, list)
+        list(Chosen([make_group("raw")], select))
 
 
 @every_choice
 def test_one_completion_is_an_error(make_group: MakeGroup, select: Select) -> None:
     with pytest.raises(BonbonError, match=r"group lone has 1 completion; .* needs n >= 2"):
-        select_groups([scored(make_group, "lone", 1.0)], select, list)
+        list(Chosen([scored(make_group, "lone", 1.0)], select))
+
+
+@every_choice
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_is_an_error(
+    make_group: MakeGroup, select: Select, reward: float
+) -> None:
+    with pytest.raises(BonbonError, match=r"prompt odd, completion 2 of 3, is -?(nan|inf); .*fin"):
+        list(Chosen([scored(make_group, "odd", 1.0, reward, 2.0)], select))
 
 
 @every_choice
 def test_no_groups_are_an_error(select: Select) -> None:
     with pytest.raises(BonbonError, match="no groups to train on"):
-        select_groups([], select, list)
+        list(Chosen([], select))

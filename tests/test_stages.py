@@ -15,7 +15,6 @@ from bonbon.ahead import AHEAD
 from bonbon.config import RunConfig, SamplingConfig, parse_config
 from bonbon.errors import BonbonError
 from bonbon.groups import Group, read_groups, read_shard, shard_indices, shard_path
-from bonbon.progress import progress_bar
 from bonbon.prompts import EncodedPrompt, PromptRow, is_held_out, read_prompts
 from bonbon.run_folder import RunFolder
 from bonbon.sampling import encode_prompts
@@ -71,11 +70,6 @@ def work_of(tmp_path: Path, sampler: Any) -> ShardWork:
     return ShardWork(tmp_path / "prompts", tmp_path / "samples", drawing(sampler), noted)
 
 
-def do(work: ShardWork) -> None:
-    with progress_bar("test", 0, "prompts") as bar:
-        work_through(work, bar)
-
-
 def length_reward(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
     return [float(len(text)) for text in completions]
 
@@ -107,27 +101,29 @@ def test_each_shard_is_done_once_and_what_is_there_is_left_alone(tmp_path: Path)
     write_prompts(encoded(), tmp_path / "prompts", 3)
     failing = Echo(poison="p7")
     with pytest.raises(BonbonError, match="it failed"):
-        do(work_of(tmp_path, failing))
+        work_through(work_of(tmp_path, failing), "test")
     assert shard_indices(tmp_path / "samples") == [0, 1]
     sampler = Echo()
     work = work_of(tmp_path, sampler)
     assert work.todo() == [2, 3]
     assert prompt_count(work.source, work.todo()) == 5
-    do(work)
+    work_through(work, "test")
     assert sampler.asked == ["p6", "p7", "p8", "p9", "p10"]
     groups = read_groups(tmp_path / "samples")
     assert [group.prompt_id for group in groups] == [f"p{index}" for index in range(11)]
     assert groups.provenance["model"] == "m"
     assert groups.provenance["tokens"] == 3 * 3
-    do(work)
+    work_through(work, "test")
     assert len(sampler.asked) == 5
 
 
 def test_scoring_keeps_what_sampling_noted(tmp_path: Path) -> None:
     write_prompts(encoded(), tmp_path / "prompts", 4)
-    do(work_of(tmp_path, Echo()))
+    work_through(work_of(tmp_path, Echo()), "test")
     transform = scoring(length_reward)
-    do(ShardWork(tmp_path / "samples", tmp_path / "groups", transform, {"reward": "length"}))
+    noted = {"reward": "length"}
+    work = ShardWork(tmp_path / "samples", tmp_path / "groups", transform, noted)
+    work_through(work, "test")
     groups = read_groups(tmp_path / "groups")
     assert [group.rewards for group in groups] == [(float(len(p)),) * 2 for p in PROMPTS]
     assert (groups.provenance["model"], groups.provenance["reward"]) == ("m", "length")
@@ -140,7 +136,7 @@ def test_a_shard_without_prompts_stays_one(tmp_path: Path) -> None:
     empty = work.make(work.read(0)[:0])
     work.write(0, empty)
     scored = ShardWork(tmp_path / "samples", tmp_path / "groups", scoring(length_reward), {})
-    do(scored)
+    work_through(scored, "test")
     assert list(read_shard(shard_path(tmp_path / "groups", 0))) == []
 
 

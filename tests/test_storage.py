@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bonbon import pipeline
+from bonbon import files, pipeline
 from bonbon.cluster.attempts import DeadLetter, DeadLetters, Ledger
 from bonbon.config import parse_config
 from bonbon.errors import BonbonError
@@ -244,11 +244,91 @@ def test_a_whole_run_with_its_groups_in_s3(store: Store, folder_of: MakeFolder) 
 
 def test_another_run_cannot_mix_its_shards_in(store: Store, folder_of: MakeFolder) -> None:
     pipeline.sample(folder_of("one", "s3://bucket/runs/one"))
-    other = folder_of("two", "s3://bucket/runs/one")
-    changed = other.config.sampling.model_copy(update={"seed": 7})
-    other = RunFolder(other.path, other.config.model_copy(update={"sampling": changed}))
+    other = with_seed(folder_of("two", "s3://bucket/runs/one"), 7)
     with pytest.raises(BonbonError, match=r"sampling\.seed was 0 and is now 7"):
         pipeline.sample(other)
+
+
+def with_seed(folder: RunFolder, seed: int) -> RunFolder:
+    sampling = folder.config.sampling.model_copy(update={"seed": seed})
+    return RunFolder(folder.path, folder.config.model_copy(update={"sampling": sampling}))
+
+
+def test_one_command_at_a_time_works_in_a_storage_folder(
+    folder_of: MakeFolder, tmp_path: Path
+) -> None:
+    one, two = (folder_of(name, str(tmp_path / "shared")) for name in ("one", "two"))
+    with one.data_locked():
+        for stage in (pipeline.sample, pipeline.score):
+            with pytest.raises(BonbonError, match=r"working in .*shared; .* another storage"):
+                stage(two)
+    pipeline.sample_and_score(one)
+    pipeline.sample_and_score(two)  # all is there
+    assert two.is_finished("score", one.groups)
+
+
+def test_a_store_that_another_command_changed_is_noticed(
+    folder_of: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a command that was begun there before, and again with another seed: it begins anew."""
+    pytest.importorskip("upath", reason="universal-pathlib is not installed")
+    place = "memory://changed/runs"
+    earlier = folder_of("earlier", place)
+    assert pipeline._begin_sampling(earlier)
+    work_here = pipeline.work_here
+
+    def disturbed(folder: RunFolder, stage: str) -> None:
+        assert pipeline._begin_sampling(with_seed(earlier, 7))
+        work_here(folder, stage)
+
+    monkeypatch.setattr(pipeline, "work_here", disturbed)
+    with pytest.raises(BonbonError, match=r"another command has changed what is in memory://cha"):
+        pipeline.sample(folder_of("late", place))
+
+
+def test_a_storage_that_is_left_out_does_not_begin_anew(
+    folder_of: MakeFolder, tmp_path: Path
+) -> None:
+    shared = str(tmp_path / "shared")
+    pipeline.sample(folder_of("out", shared))
+    for stage in (pipeline.sample, pipeline.score):
+        with pytest.raises(BonbonError, match=r"storage was '.*/shared' and is now None"):
+            stage(folder_of("out", None))
+        with pytest.raises(BonbonError, match=r"storage was '.*/shared' and is now '.*/other'"):
+            stage(folder_of("out", str(tmp_path / "other")))
+    pipeline.score(folder_of("out", "shared"))  # the same place, by another name
+    assert not (tmp_path / "out" / "samples").exists()
+    assert not list((tmp_path / "other").rglob("*.json"))
+
+
+def test_a_storage_where_nothing_came_to_be_can_be_changed(
+    folder_of: MakeFolder, tmp_path: Path
+) -> None:
+    """And what another run has in the new one stays."""
+    pipeline.sample_and_score(folder_of("finished", str(tmp_path / "b")))
+    assert pipeline._begin_sampling(folder_of("out", str(tmp_path / "a")))
+    out = folder_of("out", str(tmp_path / "b"))
+    pipeline.sample_and_score(out)
+    assert out.is_finished("score", out.groups)
+    pipeline.sample_and_score(folder_of("finished", str(tmp_path / "b")))
+
+
+def test_shards_that_are_missing_at_the_end_are_noticed(
+    folder_of: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of("out", None)
+    work_here = pipeline.work_here
+
+    def disturbed(folder: RunFolder, stage: str) -> None:
+        work_here(folder, stage)
+        shard_path(folder.samples, 1).unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "work_here", disturbed)
+        with pytest.raises(BonbonError, match="another command has changed what is in"):
+            pipeline.sample(folder)
+    pipeline.sample(folder)
+    assert len(read_groups(folder.samples)) == len(read_groups(folder.prompts))
 
 
 def test_a_store_that_goes_down_loses_nothing(
@@ -329,10 +409,14 @@ def test_a_store_whose_library_is_missing(place: str) -> None:
 # --- this machine's disk --------------------------------------------------------------------------
 
 
-def test_a_full_disk(tmp_path: Path, make_group: MakeGroup) -> None:
+def test_a_full_disk(
+    tmp_path: Path, make_group: MakeGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     groups = [make_group(f"p{i}") for i in range(50)]
     write_shard(shard_path(tmp_path, 0), groups, {})
-    (tmp_path / ".shard-00001.parquet.tmp").symlink_to("/dev/full")  # ENOSPC for any byte
+    full = tmp_path / ".full.tmp"
+    full.symlink_to("/dev/full")  # ENOSPC for any byte
+    monkeypatch.setattr(files, "beside", lambda _: full)
     with pytest.raises(
         BonbonError,
         match=r"cannot write .*shard-00001\.parquet: No space left on device; make room",
@@ -358,5 +442,5 @@ def test_a_disk_that_fills_up_within_a_file(tmp_path: Path, make_group: MakeGrou
 
 def test_a_folder_that_cannot_be_written(folder_of: MakeFolder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BonbonError, match=r"cannot write .*file/.*; choose a folder that can be"):
+    with pytest.raises(BonbonError, match=r"cannot write .*file/runs: .*; choose another storage"):
         pipeline.sample(folder_of("out", str(tmp_path / "file" / "runs")))

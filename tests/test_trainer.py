@@ -15,14 +15,14 @@ import torch
 from transformers import EarlyStoppingCallback
 
 from bonbon.config import TrainConfig
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, DivergedError
+from bonbon.group_batches import deal
 from bonbon.groups import Group, Groups
 from bonbon.logprobs import group_rows
 from bonbon.models import load_policy
 from bonbon.objectives import OBJECTIVES, GroupLogps, ObjectiveSettings, group_metrics
-from bonbon.selection import SelectedGroup
 from bonbon.tilt import BestOfN, ExponentialTilt, WorstOfN, optimal_kl
-from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer, GroupCollator, sharing_pays
+from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer, sharing_pays
 from conftest import EOS, group_of
 
 N = 4
@@ -56,6 +56,16 @@ def groups() -> Groups:
 @lru_cache
 def loaded(model: str) -> Any:
     return load_policy(model, device="cpu")
+
+
+def batch_of(trainer: BoNBoNTrainer, count: int | None = None) -> dict[str, Any]:
+    """The first groups, laid out as a batch."""
+    groups = trainer.selection.groups
+    shapes = groups.shapes[:count]
+    parts = [own for (own,) in deal(shapes, trainer.max_batch_tokens)]
+    return trainer.data_collator(
+        [([groups[i] for i in part], len(part) / len(shapes)) for part in parts]
+    )
 
 
 def trainer_of(model: Any, out: Path, groups: Any, **settings: Any) -> BoNBoNTrainer:
@@ -139,7 +149,8 @@ def test_the_loss_is_the_objective_of_the_log_probabilities(
     for share_prompt in (False, True, None):
         trainer.args.share_prompt = share_prompt
         for tokens in (80, 10_000):
-            batch = GroupCollator(0, tokens)(trainer.selection.groups)
+            trainer.max_batch_tokens = tokens
+            batch = batch_of(trainer)
             assert (len(batch["parts"]) > 1) == (tokens == 80)
             loss = trainer.compute_loss(trainer.model, batch).detach()
             assert float(loss) == pytest.approx(expected, rel=1e-4)
@@ -220,9 +231,7 @@ def test_a_batch_in_parts_trains_as_one_pass(
     split = trainer_of(tiny_model, tmp_path / "b", groups, max_batch_tokens=tokens, **settings)
     (parts, one) = (
         [len(part["ref_logps"]) for part in batch["parts"]]
-        for batch in (
-            trainer.data_collator(trainer.selection.groups[:5]) for trainer in (split, whole)
-        )
+        for batch in (batch_of(trainer, 5) for trainer in (split, whole))
     )
     assert len(set(parts)) > 1
     assert one == [5]
@@ -300,7 +309,7 @@ def test_a_shared_prompt_trains_as_prompts_of_their_own(
             stories260k, tmp_path, groups, objective=objective, share_prompt=share_prompt
         )
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-        batch = trainer.data_collator(trainer.selection.groups)
+        batch = batch_of(trainer)
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         gradients = {name: p.grad for name, p in trainer.model.named_parameters()}
@@ -344,7 +353,7 @@ def test_how_often_the_prompt_is_computed(tiny_model: Path, tmp_path: Path) -> N
         (of(3, 20), {True: [(1, 2), (4, 20)], False: [(4, 22)], None: [(4, 22)]}),
     ):
         trainer = trainer_of(tiny_model, tmp_path, [group], objective="rank_regression")
-        batch = trainer.data_collator(trainer.selection.groups)
+        batch = batch_of(trainer)
         trainer.model.register_forward_pre_hook(
             lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)),
             with_kwargs=True,
@@ -477,7 +486,7 @@ def test_dropout_is_off_but_an_adapter_s_own(groups: Groups, tmp_path: Path) -> 
     assert {rate for name, rate in rates.items() if "lora" not in name} == {0.0}
     assert {rate for name, rate in rates.items() if "lora" in name} == {0.25}
     trainer.model.train()
-    batch = trainer.data_collator(trainer.selection.groups)
+    batch = batch_of(trainer)
     assert trainer.compute_loss(trainer.model, batch).isfinite()
 
 
@@ -498,7 +507,7 @@ def test_local_attention_shares_the_prompt_too(groups: Groups, tmp_path: Path) -
     )
     args = BoNBoNConfig(str(tmp_path), use_cpu=True, report_to="none", objective="rank_regression")
     trainer = BoNBoNTrainer(GPTNeoForCausalLM(config), args, groups)
-    batch = trainer.data_collator(trainer.selection.groups)
+    batch = batch_of(trainer)
     losses = []
     for share_prompt in (False, True):
         args.share_prompt = share_prompt
@@ -515,7 +524,7 @@ def test_a_model_that_cannot_share_the_prompt_says_so(groups: Groups, tmp_path: 
         BoNBoNTrainer(model, args, groups)
     args.share_prompt = None
     trainer = BoNBoNTrainer(model, args, groups)
-    batch = trainer.data_collator(trainer.selection.groups)
+    batch = batch_of(trainer)
     assert trainer.compute_loss(trainer.model, batch).isfinite()
 
 
@@ -547,13 +556,67 @@ def test_nothing_is_left_of_the_selected_groups(
 ) -> None:
     """Neither of a training nor of a selection that fails, early or late."""
     trainer = trainer_of(tiny_model, tmp_path, groups, eval_dataset=groups)
-    assert list(tmp_path.rglob("*.arrow")) == []
+    assert list(tmp_path.rglob("*selected*")) == []
     assert len(list(trainer.train_dataset)) == len(groups)
     tied = random_group(99, np.random.default_rng(1), [0.5] * N)
     for bad in ([*groups, groups[0].part(0, 2)], [tied]):
         with pytest.raises(BonbonError, match=r"groups of one size|rewards? tie"):
             trainer_of(tiny_model, tmp_path, bad)
-        assert list(tmp_path.rglob("*.arrow")) == []
+        assert list(tmp_path.rglob("*selected*")) == []
+
+
+def test_other_groups_than_those_of_the_start_can_be_evaluated(
+    tiny_model: Path, groups: Groups, tmp_path: Path
+) -> None:
+    expected = trainer_of(tiny_model, tmp_path, groups, eval_dataset=groups[:7]).evaluate()
+    trainer = trainer_of(tiny_model, tmp_path, groups)
+    found = trainer.evaluate(groups[:7])
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    both = trainer.evaluate({"a": groups[:7], "b": list(groups[7:])})
+    assert both["eval_a_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    assert both["eval_b_loss"] != both["eval_a_loss"]
+    with pytest.raises(BonbonError, match="differ in n"):
+        trainer.evaluate([group.part(0, 2) for group in groups])
+    anew = trainer_of(tiny_model, tmp_path, groups, logprobs="recompute")
+    with pytest.raises(BonbonError, match="no longer the base model"):
+        anew.evaluate(groups[:7])
+    with pytest.raises(BonbonError, match="one data set of groups"):
+        trainer_of(tiny_model, tmp_path, groups, eval_dataset={"a": groups})
+    with pytest.raises(BonbonError, match="no labels to predict"):
+        trainer.predict(groups)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_data_loader_workers_change_nothing(
+    tiny_model: Path, groups: Groups, tmp_path: Path, workers: int
+) -> None:
+    alone = trainer_of(tiny_model, tmp_path, groups, eval_dataset=groups)
+    helped = trainer_of(
+        tiny_model, tmp_path, groups, eval_dataset=groups, dataloader_num_workers=workers
+    )
+    for trainer in (alone, helped):
+        trainer.train()
+    assert_same(weights(helped), weights(alone), atol=0)
+    assert helped.evaluate()["eval_loss"] == alone.evaluate()["eval_loss"]
+
+
+def test_processes_that_would_train_apart_are_refused(
+    tiny_model: Path, groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bonbon.trainer.process_count", lambda: 2)
+    with pytest.raises(BonbonError, match="2 processes were started and each would train alone"):
+        trainer_of(tiny_model, tmp_path, groups)
+
+
+def test_without_an_accelerator_it_trains_on_the_cpu(tmp_path: Path) -> None:
+    has_one = torch.accelerator.current_accelerator(check_available=True) is not None
+    assert BoNBoNConfig(str(tmp_path)).use_cpu != has_one
+
+
+def test_a_training_that_diverges_ends(tiny_model: Path, groups: Groups, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_model, tmp_path, groups, learning_rate=1e30, num_train_epochs=5)
+    with pytest.raises(DivergedError, match=r"loss is (nan|inf) at step \d+; lower the learning"):
+        trainer.train()
 
 
 def test_a_datasets_dataset_of_group_rows(tiny_model: Path, groups: Groups, tmp_path: Path) -> None:
@@ -640,7 +703,7 @@ def test_objectives_of_all_ranks_aim_at_any_tilt(
     assert trainer._settings.tilt == (tilt or by_default[OBJECTIVES[objective].tilt])
     assert (OBJECTIVES[objective].tilt == "best_of_n") == (objective == "weighted_sft")
     assert trainer._settings.n == trainer.drawn == N
-    batch = trainer.data_collator(trainer.selection.groups)
+    batch = batch_of(trainer)
     assert trainer.compute_loss(trainer.model, batch).isfinite()
 
 
@@ -673,21 +736,16 @@ def test_training_and_held_out_groups_are_of_one_size(
 # --- batches --------------------------------------------------------------------------------------
 
 
-def lay_out(
-    groups: Sequence[SelectedGroup], tokens: int
-) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
-    batch = GroupCollator(0, tokens)(groups)
-    return batch["groups"].tolist(), batch["parts"]
-
-
 @pytest.mark.parametrize("tokens", [1, 180, 300, 10_000])
 def test_a_batch_s_parts_hold_every_group_once(
     tiny_model: Path, groups: Groups, tmp_path: Path, tokens: int
 ) -> None:
-    selected = trainer_of(
-        tiny_model, tmp_path, groups, objective="rank_regression"
-    ).selection.groups
-    order, parts = lay_out(selected, tokens)
+    trainer = trainer_of(
+        tiny_model, tmp_path, groups, objective="rank_regression", max_batch_tokens=tokens
+    )
+    selected = trainer.selection.groups
+    order = [index for (own,) in deal(selected.shapes, tokens) for index in own]
+    parts = batch_of(trainer)["parts"]
     assert sorted(order) == list(range(len(selected)))
     assert sum(float(part["share"]) for part in parts) == pytest.approx(1)
     found = iter(order)
@@ -707,35 +765,13 @@ def test_a_batch_s_parts_hold_every_group_once(
     assert (len(parts) == 1) == (tokens == 10_000)
 
 
-def test_parts_stay_within_the_tokens() -> None:
-    generator = np.random.default_rng(0)
-    selected = [
-        SelectedGroup(
-            f"g{i}",
-            (7,) * int(generator.integers(1, 11)),
-            tuple((8,) * int(n) for n in generator.integers(1, 20, 3)),
-            (-1.0,) * 3,
-            (0.0, 1.0, 2.0),
-        )
-        for i in range(40)
-    ]
-    _, parts = lay_out(selected, 300)
-    padded = [
-        part["completion_mask"].shape[:2].numel()
-        * (part["prompt_ids"].shape[1] + part["completion_ids"].shape[2])
-        for part in parts
-    ]
-    assert max(padded) <= 300
-    assert 5 < len(parts) < 30
-
-
 def test_rewards_that_differ_in_the_last_digit_are_ranked(
     tiny_model: Path, groups: Groups, tmp_path: Path
 ) -> None:
     close = [1.0, math.nextafter(1.0, 2), math.nextafter(1.0, 0), 0.0]
     group = random_group(0, np.random.default_rng(0), close)
     trainer = trainer_of(tiny_model, tmp_path, [group], objective="rank_regression")
-    (part,) = trainer.data_collator(trainer.selection.groups)["parts"]
+    (part,) = batch_of(trainer)["parts"]
     assert part["rewards"].argsort().tolist() == [[3, 2, 0, 1]]
     assert part["rewards"].unique().numel() == 4
 

@@ -554,7 +554,7 @@ def _show(folder: RunFolder, results: Evaluation | None, more: str = "") -> None
     }
     places = {
         **models,
-        "groups": folder.groups,
+        "groups": folder.rounds()[-1].groups,
         "figures": folder.evaluation / "evaluation.json",
         "report": write_report(folder.path),
     }

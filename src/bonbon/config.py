@@ -432,6 +432,11 @@ class RunConfig(Settings):
                 f"sampling.top_k and top_p cut the distribution that objective {cut[0]} compares "
                 "the policy with; leave them out, or train with sft_bon or weighted_sft alone"
             )
+        if self.model.device == "balanced" and self.sampler.name != "vllm":
+            raise ValueError(
+                "model.device: balanced spreads a model to measure it; what draws from one that "
+                "is spread is sampler: vllm with tensor_parallel_size"
+            )
         taken = {"base", f"best-of-{self.target_n}", self.model_name}
         for name in self.baselines:
             if name in taken or not is_policy_name(name):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from bonbon.errors import BonbonError
 
@@ -62,10 +64,10 @@ def from_machine(call: Callable[[], T]) -> T:
     """
     if process_count() == 1:
         return call()
-    local = _number("LOCAL_RANK", 0)
-    told: list[T | None] = [None] * process_count()
-    _join().all_gather_object(told, call() if local == 0 else None)
-    return told[process_index() - local]  # type: ignore[return-value]
+    first = _number("LOCAL_RANK", 0) == 0
+    told: list[Any] = [None] * process_count()
+    _join().all_gather_object(told, (_machine(), call()) if first else None)
+    return dict(filter(None, told))[_machine()]
 
 
 def let_the_main_process_speak() -> None:
@@ -91,6 +93,12 @@ def leave() -> None:
     if process_count() > 1:
         gc.collect()  # a model's reducer that went after its group could hang
         _join().destroy_process_group()
+
+
+def _machine() -> tuple[str, str]:
+    """What tells this machine from others; containers of one machine have other names."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text() if boot.exists() else ""
 
 
 def _number(name: str, default: int) -> int:

@@ -11,11 +11,19 @@ class BonbonError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        self.sentence = " ".join(message.split())
+        super().__init__(self.sentence)
+
+    def __str__(self) -> str:
+        return self.sentence  # to `args` Ray adds words of its own
 
 
 class UnavailableError(BonbonError):
     """What every prompt needs cannot be used now, such as a server: no prompt's fault."""
+
+
+class DivergedError(BonbonError):
+    """A training whose loss is no longer finite."""
 
 
 class UserCodeError(BonbonError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with uploaded(path) as temporary:
             yield temporary
         return
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -39,6 +40,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def beside(path: Path) -> Path:
+    """A name beside `path` that no other writer of it uses; `remove_torn` knows it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def remove_torn(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left anywhere in a folder."""
+    for path in list(folder.rglob(".*.tmp")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -50,8 +65,7 @@ def _fsync(path: Path) -> None:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` for a folder; on success fsync it and rename it into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = beside(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     yield temporary
     for parent, _, names in os.walk(temporary):

@@ -17,7 +17,7 @@ from bonbon.evaluation.measuring import BASE, Policy
 from bonbon.evaluation.results import Evaluation
 from bonbon.evaluation.stage import evaluate_policies, write_evaluation
 from bonbon.files import atomic_folder, read_json, write_text
-from bonbon.groups import read_groups, shard_paths
+from bonbon.groups import read_groups
 from bonbon.model_card import model_card
 from bonbon.run_folder import RunFolder
 from bonbon.sampling import iter_encoded
@@ -45,8 +45,9 @@ from bonbon.training import train as train
 
 def sample(folder: RunFolder) -> None:
     """Draw n completions of every training prompt into `samples/`."""
-    if _begin_sampling(folder):
-        _work(folder, ["sample"])
+    with folder.data_locked():
+        if _begin_sampling(folder):
+            _work(folder, ["sample"])
 
 
 def _begin_sampling(folder: RunFolder) -> bool:
@@ -82,11 +83,14 @@ def score(folder: RunFolder) -> None:
     if folder.config.engine.name != "local":
         sample_and_score(folder)
         return
-    if not _begin_scoring(folder):
-        return
-    if not folder.is_finished("sample", folder.samples):
-        raise BonbonError(f"{folder.samples} is not complete; run `bonbon sample` to the end first")
-    _work(folder, ["score"])
+    with folder.data_locked():
+        if not _begin_scoring(folder):
+            return
+        if not folder.is_finished("sample", folder.samples):
+            raise BonbonError(
+                f"{folder.samples} is not complete; run `bonbon sample` to the end first"
+            )
+        _work(folder, ["score"])
 
 
 def _begin_scoring(folder: RunFolder) -> bool:
@@ -105,8 +109,9 @@ def sample_and_score(folder: RunFolder) -> None:
         sample(folder)
         score(folder)
         return
-    todo = [_begin_sampling(folder), _begin_scoring(folder)]
-    _work(folder, [name for name, left in zip(("sample", "score"), todo, strict=True) if left])
+    with folder.data_locked():
+        todo = [_begin_sampling(folder), _begin_scoring(folder)]
+        _work(folder, [name for name, left in zip(("sample", "score"), todo, strict=True) if left])
 
 
 def _work(folder: RunFolder, stages: Sequence[str]) -> None:
@@ -119,8 +124,7 @@ def _work(folder: RunFolder, stages: Sequence[str]) -> None:
         for stage in stages:
             work_here(folder, stage)
     for stage in stages:
-        output = {"sample": folder.samples, "score": folder.groups}[stage]
-        folder.finish(stage, len(shard_paths(output)))
+        folder.finish_data(stage)
 
 
 # --- evaluate -------------------------------------------------------------------------------------

@@ -144,13 +144,14 @@ def _check_ids(ids: _Ids, path: Path, id_column: str) -> None:
     )
 
 
-def is_held_out(row: PromptRow | Group, fraction: float) -> bool:
+def is_held_out(row: PromptRow | Group, fraction: float, split: str = "") -> bool:
     """Whether a prompt belongs to the held-out `fraction`, by its hash.
 
-    So the split survives reordering, and a prompt that occurs twice is on one side.
+    So it survives reordering, and a prompt that occurs twice is on one side. Splits of different
+    names are independent of each other: one within another needs a name of its own.
     """
     text = json.dumps(row.prompt, ensure_ascii=False).encode()
-    digest = hashlib.blake2b(text, digest_size=8).digest()
+    digest = hashlib.blake2b(text, digest_size=8, salt=split.encode()).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 

@@ -102,18 +102,18 @@ def reference_logps(trainer: BoNBoNTrainer, groups: SelectedGroups) -> torch.Ten
 
     Each process computes its share of the groups; all get all of them. float64.
     """
-    args, collator, model = trainer.args, trainer.data_collator, trainer.model_wrapped
+    args, model = trainer.args, trainer.model_wrapped
     batches = GroupBatches(
         groups.shapes,
         args.eval_batch_size * args.world_size,
-        collator.max_batch_tokens,
+        trainer.max_batch_tokens,
         processes=Processes(args.world_size, args.process_index),
     )
     found = torch.zeros(groups.ref_logps.shape, dtype=torch.float64, device=args.device)
     was_training = model.training
     model.eval()
     for parts in batches:
-        laid_out = collator.lay_out(
+        laid_out = trainer.data_collator(
             [([groups[index] for index in part.indices], part.share) for part in parts]
         )
         for part, tensors in zip(parts, trainer._prepare_inputs(laid_out)["parts"], strict=True):

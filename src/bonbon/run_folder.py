@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ import yaml
 from bonbon.config import RunConfig, round_config
 from bonbon.distributed import from_main_process, is_main_process, wait_for_everyone
 from bonbon.errors import BonbonError
-from bonbon.files import read_json, write_json, write_text
-from bonbon.groups import shard_paths
+from bonbon.files import read_json, remove_torn, write_json, write_text
+from bonbon.groups import shard_indices, shard_paths
 from bonbon.settings import Settings, flatten
-from bonbon.storage import cannot_write, reached, remove_folder, storage_path
+from bonbon.storage import cannot_write, is_remote, reached, remove_folder, storage_path
 
 NEUTRAL = frozenset(
     {
@@ -38,6 +39,8 @@ NEUTRAL = frozenset(
 
 class StageFolder:
     """A folder that stages write into, with notes under `.bonbon/` of what they were asked for."""
+
+    _option = "--out"  # by which it is chosen
 
     def __init__(self, path: Path, config: Settings) -> None:
         self.path = path
@@ -61,7 +64,7 @@ class StageFolder:
         except OSError as error:
             raise BonbonError(
                 f"cannot write the output folder {self.path}: {error.strerror}; choose "
-                "another --out"
+                f"another {self._option}"
             ) from error
         try:
             try:
@@ -69,8 +72,9 @@ class StageFolder:
             except OSError as error:
                 raise BonbonError(
                     f"another bonbon process is working in {self.path}; wait for it or choose "
-                    "another --out"
+                    f"another {self._option}"
                 ) from error
+            remove_torn(self.path)
             wait_for_everyone()  # none goes ahead of the lock
             yield
         finally:
@@ -84,7 +88,7 @@ class StageFolder:
         if strangers and not any(self._notes.glob("*.json")):
             raise BonbonError(
                 f"{self.path} is not empty and holds no run ({strangers[0]} is in it); choose "
-                "another --out"
+                f"another {self._option}"
             )
 
     def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
@@ -113,6 +117,11 @@ class StageFolder:
         """Whether a stage's settings are noted."""
         return (self._notes / f"{stage}.json").exists()
 
+    def noted(self, stage: str) -> Any:
+        """The settings that a stage was begun with; None where it was not."""
+        note = self._notes / f"{stage}.json"
+        return read_json(note) if note.exists() else None
+
     def refuse(self, *stages: str, what: str) -> None:
         """Raise BonbonError when the folder holds one of the stages, since it is `what`."""
         if any((self._notes / f"{stage}.json").exists() for stage in stages):
@@ -130,7 +139,7 @@ class StageFolder:
             raise BonbonError(
                 f"{self.path} was made with other settings: {'; '.join(differing[:5])}"
                 f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}; choose "
-                "another --out, or undo the change"
+                f"another {self._option}, or undo the change"
             )
 
     def _differing(self, stage: str, wanted: Mapping[str, Any]) -> list[str]:
@@ -159,6 +168,8 @@ class StageFolder:
 
 class _Store(StageFolder):
     """Where samples and groups lie apart from a run's folder, which keeps the configuration."""
+
+    _option = "storage"
 
     def write_config(self) -> None:
         """The run's folder has it."""
@@ -196,23 +207,93 @@ class RunFolder(StageFolder):
             base = folders[-1].model(self.config.model_name)
         return folders
 
+    def ways(self, stage: str) -> tuple[Path, Path]:
+        """Where the shards of the stage `sample` or `score` come from and go to."""
+        if stage == "sample":
+            return self.prompts, self.samples
+        return self.samples, self.groups
+
+    @contextmanager
+    def data_locked(self) -> Iterator[None]:
+        """Hold a storage folder too, while samples or groups are made; a store has no locks."""
+        if self.store is self or is_remote(self.data):
+            yield
+            return
+        with self.store.locked():
+            yield
+
+    def finish_data(self, stage: str) -> None:
+        """Note that a stage that writes samples or groups has written all that it was to.
+
+        Raises BonbonError where another command has come in between in one store.
+        """
+        source, output = self.ways(stage)
+        notes, before = (self.store, "prompts") if stage == "sample" else (self, "sample")
+        done = shard_indices(output)
+        lacking = set(shard_indices(source)).difference(done)
+        whole = notes.is_finished(before, source) and not lacking
+        if not whole or self._is_anothers(stage):
+            raise BonbonError(
+                f"another command has changed what is in {self.data} meanwhile; let one work there "
+                "at a time: the same command then goes on"
+            )
+        self.finish(stage, len(done))
+
+    def _is_anothers(self, stage: str) -> bool:
+        """Whether the store's note of a stage is not the one that this folder has."""
+        return self.store is not self and self.noted(stage) != {
+            **(self.store.noted(stage) or {}),
+            "storage": self._place,
+        }
+
     def begin_data(self, stage: str, settings: Mapping[str, Any]) -> None:
         """`begin` a stage that writes samples or groups, also where a store keeps them.
 
-        So two runs with other settings cannot mix their shards in one store. What this folder has
-        begun and nothing came of is forgotten first.
+        So two runs with other settings cannot mix their shards in one store, and a run does not
+        begin anew because its storage was left out. What this folder has begun and nothing came of
+        is forgotten first.
         """
-        output = {"sample": self.samples, "score": self.groups}[stage]
+        own = {**settings, "storage": self._place}
         try:
             with reached(self.data, "use"):
-                if self.has_begun(stage) and not shard_paths(output):
-                    self._forget_data(stage)
+                self._forget_what_came_to_nothing(stage)
+                self.compare(stage, own)
                 if self.store is not self:
                     self.store.refuse_strangers()
                     self.store.begin(stage, settings)
-                self.begin(stage, settings)
+                self.begin(stage, own)
         except OSError as error:
             raise cannot_write(self.data, error) from error
+
+    @property
+    def _place(self) -> str | None:
+        """The storage, as it is noted."""
+        if self.store is self:
+            return None
+        return str(self.data if is_remote(self.data) else self.data.absolute())
+
+    def _forget_what_came_to_nothing(self, stage: str) -> None:
+        noted = self.noted(stage)
+        if noted is None:
+            return
+        place = noted.get("storage")
+        data = self.path if place is None else storage_path(place)
+        if shard_paths(data / self.ways(stage)[1].name):
+            return
+        if place == self._place:
+            self._forget_data(stage)
+        else:
+            self.forget(stage)
+
+    def begin_training(self, name: str, settings: Mapping[str, Any]) -> None:
+        """`begin` the training of the model of that name; one that came to nothing is forgotten."""
+        from_main_process(partial(self._forget_training, name))
+        self.begin(self.training(name), settings)
+
+    def _forget_training(self, name: str) -> None:
+        if not self.model(name).exists() and self.last_checkpoint(name) is None:
+            self.forget(self.training(name))
+            shutil.rmtree(self.checkpoints(name), ignore_errors=True)
 
     def _forget_data(self, stage: str) -> None:
         for folder in {self, self.store}:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 from bonbon.selection import SelectedGroup
 from bonbon.storage import cannot_write
 
-_CHUNK = 1000  # groups a record batch
+_CHUNK = 2**18  # tokens a record batch
 _TOLD_APART_BY = ("prompt_id", "prompt_token_ids", "completions")
 _SCHEMA = pa.schema(
     [
@@ -33,22 +33,69 @@ _SCHEMA = pa.schema(
 )
 
 
-def write_selected(groups: Iterable[SelectedGroup], path: Path) -> int:
-    """Write groups to a file that `SelectedGroups` opens, a chunk in memory at a time; how many.
+def write_selected(groups: Iterable[SelectedGroup], path: Path) -> None:
+    """Write groups to a file that `SelectedGroups` opens, a chunk in memory at a time.
 
     Raises BonbonError when the file cannot be written.
     """
-    upcoming = iter(groups)
-    count = 0
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            while chunk := list(islice(upcoming, _CHUNK)):
-                writer.write_batch(pa.RecordBatch.from_pylist([*map(vars, chunk)], schema=_SCHEMA))
-                count += len(chunk)
+        sink = pa.OSFile(str(path), "wb")
+        writer = pa.ipc.new_file(sink, _SCHEMA)
+    try:
+        for chunk in _chunks(groups):
+            with _writing(path):
+                writer.write_batch(_batch(chunk))
+    finally:
+        with _writing(path), sink:
+            writer.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise cannot_write(path, error) from error
-    return count
+
+
+def _chunks(groups: Iterable[SelectedGroup]) -> Iterator[list[SelectedGroup]]:
+    """Groups of about `_CHUNK` tokens together, or one of more."""
+    chunk: list[SelectedGroup] = []
+    tokens = 0
+    for group in groups:
+        chunk.append(group)
+        tokens += 1 + len(group.prompt_token_ids) + sum(map(len, group.completions))
+        if tokens >= _CHUNK:
+            yield chunk
+            chunk, tokens = [], 0
+    if chunk:
+        yield chunk
+
+
+def _batch(groups: Sequence[SelectedGroup]) -> pa.RecordBatch:
+    completions = [ids for group in groups for ids in group.completions]
+    columns = [
+        pa.array([group.prompt_id for group in groups], pa.string()),
+        _lists([group.prompt_token_ids for group in groups], np.int32),
+        pa.ListArray.from_arrays(
+            _offsets([group.completions for group in groups]), _lists(completions, np.int32)
+        ),
+        # None, which Parquet may hold, becomes NaN.
+        _lists([group.ref_logps for group in groups], np.float64),
+        _lists([group.rewards for group in groups], np.float64),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+
+
+def _lists(rows: Sequence[Sequence[Any]], dtype: type) -> pa.ListArray:
+    """Rows of numbers as a column; by way of numpy, which is faster than Arrow's own conversion."""
+    flat = pa.array(np.array([value for row in rows for value in row], dtype=dtype))
+    return pa.ListArray.from_arrays(_offsets(rows), flat)
+
+
+def _offsets(rows: Sequence[Sequence[Any]]) -> pa.Array:
+    return pa.array(np.cumsum([0, *map(len, rows)]), pa.int32())
 
 
 class SelectedGroups(Sequence[SelectedGroup]):

@@ -7,16 +7,16 @@ that every run, epoch and process makes the same ones.
 
 from __future__ import annotations
 
+import math
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 from bonbon.errors import BonbonError
 from bonbon.groups import Group
 
 Select = Callable[[Group], tuple[int, ...] | None]
-Kept = TypeVar("Kept", bound="Sequence[SelectedGroup]")
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,6 @@ class SelectedGroup:
     completions: tuple[tuple[int, ...], ...]
     ref_logps: tuple[float, ...]
     rewards: tuple[float, ...]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Tokens of the prompt, completions, and tokens of the longest completion."""
-        lengths = [len(ids) for ids in self.completions]
-        return len(self.prompt_token_ids), len(lengths), max(lengths)
-
-
-@dataclass(frozen=True)
-class Selection(Generic[Kept]):
-    """What to train on, the n that each group holds, and how many groups were left out."""
-
-    groups: Kept
-    n: int
-    tied: int
-
-    @property
-    def found(self) -> int:
-        """How many groups there were to select from."""
-        return len(self.groups) + self.tied
 
 
 # --- choices --------------------------------------------------------------------------------------
@@ -88,9 +68,14 @@ def best_and_random(group: Group) -> tuple[int, ...] | None:
 def random_pair(group: Group) -> tuple[int, ...] | None:
     """A random pair of completions with different rewards, the better one first."""
     rewards = _rewards(group)
-    everything = range(len(rewards))
-    pairs = [(i, j) for i in everything for j in everything if rewards[i] > rewards[j]]
-    return random.Random(group.prompt_id).choice(pairs) if pairs else None
+    ascending = sorted(rewards)
+    below = [bisect_left(ascending, reward) for reward in rewards]  # completions of a lower reward
+    if not any(below):
+        return None
+    draw = random.Random(group.prompt_id)
+    (better,) = draw.choices(range(group.n), weights=below)
+    lower = [index for index, reward in enumerate(rewards) if reward < rewards[better]]
+    return better, draw.choice(lower)
 
 
 def all_completions(group: Group) -> tuple[int, ...] | None:
@@ -104,47 +89,58 @@ def _rewards(group: Group) -> tuple[float, ...]:
         raise BonbonError(f"group {group.prompt_id} has no rewards; run `bonbon score` first")
     if group.n < 2:
         raise BonbonError(f"group {group.prompt_id} has {group.n} completion; ranking needs n >= 2")
+    for k, reward in enumerate(group.rewards):
+        if not math.isfinite(reward):  # NaN is neither more nor less than another
+            raise BonbonError(
+                f"the reward of prompt {group.prompt_id}, completion {k + 1} of {group.n}, is "
+                f"{reward}; a reward must be finite"
+            )
     return group.rewards
 
 
 # --- a data set -----------------------------------------------------------------------------------
 
 
-def select_groups(
-    groups: Iterable[Group], select: Select, keep: Callable[[Iterable[SelectedGroup]], Kept]
-) -> Selection[Kept]:
-    """The chosen completions of every group; groups that tie are dropped and counted.
+class Chosen(Iterable[SelectedGroup]):
+    """What a choice takes of groups, one by one; those that tie are passed over, and counted.
 
-    The groups are taken one by one; `keep`, `list` for one, holds the selections. Raises
-    BonbonError when there are no groups, when they differ in n (the target depends on it), when a
-    group is unscored or has fewer than two completions, or when every group ties.
+    Iterating raises BonbonError when groups differ in n (the target depends on it), when one is
+    unscored, has a reward that is not finite or fewer than two completions, and at the end when
+    there were no groups or every one ties.
+
+    Attributes:
+        n: the completions of each group that was seen, 0 before.
+        tied: how many of them were passed over.
     """
-    n = tied = 0
 
-    def chosen() -> Iterator[SelectedGroup]:
-        nonlocal n, tied
-        for group in groups:
-            n = n or group.n
-            if group.n != n:
+    def __init__(self, groups: Iterable[Group], select: Select) -> None:
+        self._groups = groups
+        self._select = select
+        self.n = 0
+        self.tied = 0
+
+    def __iter__(self) -> Iterator[SelectedGroup]:
+        self.n = self.tied = kept = 0
+        for group in self._groups:
+            self.n = self.n or group.n
+            if group.n != self.n:
                 raise BonbonError(
-                    f"group {group.prompt_id} has {group.n} completions, others have {n}; train on "
-                    "groups of one size"
+                    f"group {group.prompt_id} has {group.n} completions, others have {self.n}; "
+                    "train on groups of one size"
                 )
-            indices = select(group)
+            indices = self._select(group)
             if indices is None:
-                tied += 1
+                self.tied += 1
             else:
+                kept += 1
                 yield _selected(group, indices)
-
-    kept = keep(chosen())
-    if not kept and not tied:
-        raise BonbonError("there are no groups to train on")
-    if not kept:
-        raise BonbonError(
-            f"in all {tied} groups the best and the worst reward tie: the reward tells no "
-            "completion from another, so there is nothing to learn"
-        )
-    return Selection(kept, n, tied)
+        if not kept and not self.tied:
+            raise BonbonError("there are no groups to train on")
+        if not kept:
+            raise BonbonError(
+                f"in all {self.tied} groups the best and the worst reward tie: the reward tells no "
+                "completion from another, so there is nothing to learn"
+            )
 
 
 def _selected(group: Group, indices: Sequence[int]) -> SelectedGroup:

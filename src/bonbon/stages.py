@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,7 @@ from bonbon.groups import (
     write_shard,
 )
 from bonbon.models import load_policy, load_tokenizer
-from bonbon.progress import Bar, progress_bar
+from bonbon.progress import progress_bar
 from bonbon.prompts import EncodedPrompt, PromptRow, is_held_out, iter_prompts
 from bonbon.reward import (
     FunctionReward,
@@ -53,7 +53,7 @@ from bonbon.reward import (
 )
 from bonbon.run_folder import NEUTRAL, RunFolder
 from bonbon.sampling import Sampler, TransformersSampler
-from bonbon.storage import remove_folder
+from bonbon.storage import remove_file
 
 # --- what the configuration names -----------------------------------------------------------------
 
@@ -262,7 +262,8 @@ def _named(model: ModelConfig) -> dict[str, Any]:
 
 # --- working through shards -----------------------------------------------------------------------
 
-Transform = Callable[[Sequence[Group]], list[Group]]
+Progress = Callable[[int], Any]  # called with the number of tokens that were drawn
+Transform = Callable[[Sequence[Group], Progress], list[Group]]
 
 
 @dataclass(frozen=True)
@@ -287,10 +288,10 @@ class ShardWork:
         """A shard of `source`."""
         return read_shard(shard_path(self.source, index))
 
-    def make(self, groups: Groups) -> Groups:
+    def make(self, groups: Groups, progress: Progress = lambda _: None) -> Groups:
         """The groups transformed, with the tokens and the seconds noted."""
         began = time.monotonic()
-        made = self.transform(groups) if len(groups) else []
+        made = self.transform(groups, progress) if len(groups) else []
         spent = {
             "tokens": sum(sum(group.lengths()) for group in made),
             "seconds": time.monotonic() - began,
@@ -300,14 +301,6 @@ class ShardWork:
     def write(self, index: int, groups: Groups) -> None:
         """A shard of `target`, whole or not at all."""
         write_shard(shard_path(self.target, index), groups, groups.provenance)
-
-
-def work_through(work: ShardWork, bar: Bar) -> None:
-    """Do what is left, shard by shard; `bar` advances by prompts."""
-    for index in work.todo():
-        made = work.make(work.read(index))
-        work.write(index, made)
-        bar.advance(len(made))
 
 
 def prompt_count(source: Path, todo: Sequence[int]) -> int:
@@ -321,14 +314,16 @@ def prompt_count(source: Path, todo: Sequence[int]) -> int:
     return first * (len(todo) - 1) + last
 
 
-def transform_shards(
-    source: Path, target: Path, transform: Transform, provenance: Mapping[str, Any], title: str
-) -> None:
-    """Write the transformed groups of every shard of `source` that `target` lacks."""
-    work = ShardWork(source, target, transform, provenance)
-    if work.todo():
-        with progress_bar(title, prompt_count(work.source, work.todo()), "prompts") as bar:
-            work_through(work, bar)
+def work_through(work: ShardWork, title: str) -> None:
+    """Do what is left, shard by shard, under a progress bar."""
+    todo = work.todo()
+    if not todo:
+        return
+    with progress_bar(title, prompt_count(work.source, todo), "prompts") as bar:
+        for index in todo:
+            made = work.make(work.read(index), bar.tokens)
+            work.write(index, made)
+            bar.advance(len(made))
 
 
 # --- sampling -------------------------------------------------------------------------------------
@@ -337,9 +332,8 @@ def transform_shards(
 def write_prompts(prompts: Iterable[EncodedPrompt], folder: Path, size: int) -> int:
     """Prompts as groups that have no completions yet, `size` a shard; how many shards.
 
-    The folder then holds these alone: what an earlier call left there is removed.
+    The folder then holds these alone: what an earlier call left there is written over or removed.
     """
-    remove_folder(folder)
     upcoming = iter(prompts)
     chunks = iter(lambda: [prompt.as_group() for prompt in islice(upcoming, size)], [])
 
@@ -347,13 +341,17 @@ def write_prompts(prompts: Iterable[EncodedPrompt], folder: Path, size: int) -> 
         index, groups = numbered
         write_shard(shard_path(folder, index), groups, {})
 
-    return sum(1 for _ in in_turn(write, enumerate(chunks)))
+    count = sum(1 for _ in in_turn(write, enumerate(chunks)))
+    for index in shard_indices(folder):
+        if index >= count:
+            remove_file(shard_path(folder, index))
+    return count
 
 
-def drawing(sampler: Sampler, progress: Callable[[int], Any] | None = None) -> Transform:
+def drawing(sampler: Sampler) -> Transform:
     """A transform that draws the completions of groups that have none."""
 
-    def drawn(groups: Sequence[Group]) -> list[Group]:
+    def drawn(groups: Sequence[Group], progress: Progress) -> list[Group]:
         return sampler.sample([EncodedPrompt.of(group) for group in groups], progress)
 
     return drawn
@@ -369,23 +367,13 @@ def drawn_by(sampler: Sampler, model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def sample_shards(
-    sampler: Sampler, source: Path, target: Path, model: ModelConfig, title: str
-) -> None:
-    """Draw the completions of the prompts in `source` that `target` lacks."""
-    work = ShardWork(source, target, drawing(sampler), drawn_by(sampler, model))
-    if work.todo():
-        with progress_bar(title, prompt_count(work.source, work.todo()), "prompts") as bar:
-            work_through(replace(work, transform=drawing(sampler, bar.tokens)), bar)
-
-
 # --- scoring --------------------------------------------------------------------------------------
 
 
 def scoring(reward: Reward) -> Transform:
     """A transform that scores groups."""
 
-    def scored(groups: Sequence[Group]) -> list[Group]:
+    def scored(groups: Sequence[Group], _: Progress) -> list[Group]:
         scores = score_groups(reward, groups)
         return [group.with_rewards(s) for group, s in zip(groups, scores, strict=True)]
 
@@ -396,33 +384,26 @@ def scoring(reward: Reward) -> Transform:
 
 
 @contextmanager
-def opened_work(
-    folder: RunFolder, stage: str, progress: Callable[[int], Any] | None = None
-) -> Iterator[ShardWork]:
+def opened_work(folder: RunFolder, stage: str) -> Iterator[ShardWork]:
     """The work of the stage `sample` or `score`, with its model loaded.
 
-    `progress` is called with the number of tokens drawn. Raises BonbonError when the model or the
-    reward cannot be loaded.
+    Raises BonbonError when the model or the reward cannot be loaded.
     """
     config = folder.config
     if stage == "sample":
         with opened_sampler(config.sampler, config.model, config.sampling) as sampler:
             noted = drawn_by(sampler, config.model)
-            yield ShardWork(folder.prompts, folder.samples, drawing(sampler, progress), noted)
+            yield ShardWork(*folder.ways(stage), drawing(sampler), noted)
     else:
         noted = {"reward": described(config.reward)}
         with opened_reward(config.reward) as reward:
-            yield ShardWork(folder.samples, folder.groups, scoring(reward), noted)
+            yield ShardWork(*folder.ways(stage), scoring(reward), noted)
 
 
 def work_here(folder: RunFolder, stage: str) -> None:
     """Do a stage in this process."""
-    title = {"sample": "sampling", "score": "scoring"}[stage]
-    with (
-        opened_work(folder, stage, lambda count: bar.tokens(count)) as work,
-        progress_bar(title, prompt_count(work.source, work.todo()), "prompts") as bar,
-    ):
-        work_through(work, bar)
+    with opened_work(folder, stage) as work:
+        work_through(work, {"sample": "sampling", "score": "scoring"}[stage])
 
 
 def spent(folder: Path) -> dict[str, float | None]:

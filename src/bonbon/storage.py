@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,9 +60,13 @@ def storage_path(place: str | Path) -> Path:
         path: Any = UPath(place, **_options(scheme))
         filesystem = path.fs  # the library is loaded here
     except (ImportError, ValueError, OSError) as error:
+        needs = (
+            "hdfs:// needs Java and Hadoop's libhdfs, found by JAVA_HOME, HADOOP_HOME and CLASSPATH"
+            if scheme == "hdfs"
+            else "pip install 'bonbon-align[storage]' brings what s3:// and gs:// need"
+        )
         raise BonbonError(
-            f"storage {place} cannot be used: {error}; pip install 'bonbon-align[storage]' brings "
-            "what s3:// and gs:// need"
+            f"storage {place} cannot be used: {_first_line(error):.200}; {needs}"
         ) from error
     if scheme in _S3:
         filesystem.retries = _S3FS_TRIES
@@ -99,6 +104,15 @@ def files_in(folder: Path) -> list[Path]:
     with reached(folder, "read"):
         # Object stores have no folders: one is there while it holds something.
         return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file, where there is one. Raises BonbonError if it cannot."""
+    try:
+        with reached(path, "remove"):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def remove_folder(folder: Path) -> None:
@@ -185,7 +199,7 @@ def uploaded(path: Path) -> Iterator[Path]:
             if remote.protocol in _WHOLE_OBJECTS:
                 remote.fs.put_file(str(local), remote.path)
                 return
-            aside = path.with_name(f".{path.name}.tmp")
+            aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
             remote.parent.mkdir(parents=True, exist_ok=True)
             remote.fs.put_file(str(local), aside.path)  # type: ignore[attr-defined]
             remote.fs.mv(aside.path, remote.path)  # type: ignore[attr-defined]

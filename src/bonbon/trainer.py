@@ -10,6 +10,8 @@ are the groups, which processes map from a file (`bonbon.selected_groups`).
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +33,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.config import SamplingConfig
 from bonbon.decoding.catalogue import check_independent
-from bonbon.errors import BonbonError
-from bonbon.group_batches import GroupBatches, GroupLoader, PartsDataset, Processes, deal
+from bonbon.distributed import process_count
+from bonbon.errors import BonbonError, DivergedError
+from bonbon.group_batches import GroupBatches, GroupLoader, PartsDataset, Processes
 from bonbon.kl_budget import KLBudgetCallback, KLMeter, base_of
 from bonbon.logprobs import GroupRows, group_log_probs, group_rows, supports_shared_prompt
 from bonbon.models import load_policy
@@ -50,7 +53,7 @@ from bonbon.tilt import TILTS
 from bonbon.trainer_config import BoNBoNConfig as BoNBoNConfig
 from bonbon.trainer_config import target_n
 from bonbon.training_data import (
-    MappedSelection,
+    Selection,
     check_logprobs,
     common_n,
     drawn_with,
@@ -58,28 +61,22 @@ from bonbon.training_data import (
     temperature_of,
 )
 
+# Forked data loader workers share the mapped groups; others would get copies.
+_WORKERS = "fork" if sys.platform == "linux" else None
+
 
 @dataclass(frozen=True)
 class GroupCollator:
-    """Groups to tensors, in parts of like length within `max_batch_tokens`.
+    """Groups to tensors: a batch of parts, each some groups with what their mean loss counts for.
 
-    `share` of a part is what its mean loss counts for, so that the parts' losses add up to the
-    batch's mean whatever the parts are. Called with the groups of a batch it cuts the parts itself;
-    `groups` is then their order in the batch.
+    So the parts' losses add up to the batch's mean, whatever the parts are.
     """
 
     pad_id: int
-    max_batch_tokens: int
 
-    def __call__(self, groups: Sequence[SelectedGroup]) -> dict[str, Any]:
-        parts = [own for (own,) in deal([it.shape for it in groups], self.max_batch_tokens)]
-        shares = [len(part) / len(groups) for part in parts]
-        return {"groups": torch.tensor([index for part in parts for index in part])} | self.lay_out(
-            [([groups[i] for i in part], share) for part, share in zip(parts, shares, strict=True)]
-        )
-
-    def lay_out(self, parts: Sequence[tuple[Sequence[SelectedGroup], float]]) -> dict[str, Any]:
-        """A batch of parts, each with its share."""
+    def __call__(
+        self, parts: Sequence[tuple[Sequence[SelectedGroup], float]]
+    ) -> dict[str, list[dict[str, torch.Tensor]]]:
         return {"parts": [self._part(groups, share) for groups, share in parts]}
 
     def _part(self, groups: Sequence[SelectedGroup], share: float) -> dict[str, torch.Tensor]:
@@ -111,7 +108,7 @@ class BoNBoNTrainer(Trainer):
         peft_config: train an adapter instead of all weights.
 
     The other arguments are those of `transformers.Trainer`. Raises BonbonError for groups that
-    cannot be trained on.
+    cannot be trained on, and `train` when the loss is no longer finite.
     """
 
     def __init__(
@@ -126,11 +123,18 @@ class BoNBoNTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or BoNBoNConfig("bonbon-trainer")
+        if process_count() != args.world_size:
+            raise BonbonError(
+                f"{process_count()} processes were started and each would train alone; set use_cpu "
+                "(model.device: cpu), or give each an accelerator"
+            )
         if isinstance(model, str):
             model, tokenizer = load_policy(model, dtype="float32", device="cpu")
             processing_class = processing_class or tokenizer
         elif processing_class is None and (name := str(getattr(model, "name_or_path", "") or "")):
             processing_class = AutoTokenizer.from_pretrained(name)
+        if args.ddp_find_unused_parameters is None and not _has_experts(model):
+            args.ddp_find_unused_parameters = False  # a search through the graph at every step
         if not isinstance(model, PeftModel):  # an adapter's own dropout was asked for
             _disable_dropout(model)
         quantized = getattr(model, "is_quantized", False)
@@ -147,7 +151,10 @@ class BoNBoNTrainer(Trainer):
         self.objective = OBJECTIVES[args.objective]
         for dataset in (train_dataset, eval_dataset):
             check_independent(getattr(dataset, "provenance", {}), "train on")
+        if isinstance(eval_dataset, Mapping):
+            raise BonbonError("eval_dataset is one data set of groups and not several by name")
         self.temperature = temperature_of(args, train_dataset)
+        self.max_batch_tokens = args.max_batch_tokens or _pass_tokens(args)
         folder = Path(str(args.output_dir))
         self.selection = selected(train_dataset, self.objective.select, folder)
         self.held_out = selected(eval_dataset, self.objective.select, folder)
@@ -176,7 +183,7 @@ class BoNBoNTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=GroupCollator(pad_id or 0, args.max_batch_tokens or _pass_tokens(args)),
+            data_collator=GroupCollator(pad_id or 0),
             train_dataset=self.selection.groups if self.selection else None,
             eval_dataset=self.held_out.groups if self.held_out else None,
             processing_class=processing_class,
@@ -223,7 +230,7 @@ class BoNBoNTrainer(Trainer):
         model: Any,
         tokenizer: Tokenizer | None,
         args: BoNBoNConfig,
-        chosen: MappedSelection | None,
+        chosen: Selection | None,
         drawn: Mapping[str, Any],
     ) -> KLMeter:
         if tokenizer is None or chosen is None:
@@ -323,20 +330,37 @@ class BoNBoNTrainer(Trainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> GroupLoader:
-        """This process' share of the held-out groups."""
+        """This process' share of the held-out groups, or of others. Raises as the trainer does."""
         groups = self.eval_dataset if eval_dataset is None else eval_dataset
         if groups is None:
             raise ValueError("evaluation needs an eval_dataset")
+        if not isinstance(groups, SelectedGroups):
+            groups = self._others(groups)
         # All in one window, so that the mean of the batches' losses is that of the groups'.
         size = self.args.eval_batch_size * self.args.world_size
         return self._loader(groups, size, window=len(groups))
 
+    def _others(self, dataset: Any) -> SelectedGroups:
+        """What the objective selects of groups that the trainer was not made with."""
+        if self._reference is not None:
+            raise BonbonError(
+                "with log-probabilities computed anew only the eval_dataset that the trainer was "
+                "made with can be evaluated: the model is no longer the base model"
+            )
+        check_independent(getattr(dataset, "provenance", {}), "evaluate on")
+        found = selected(dataset, self.objective.select, Path(str(self.args.output_dir)))
+        assert found is not None
+        common_n(self.selection or self.held_out, found)
+        if self.objective.compares:
+            check_logprobs(found)
+        return found.groups
+
     def _loader(self, groups: SelectedGroups, batch_size: int, **settings: Any) -> GroupLoader:
-        args, collator = self.args, self.data_collator
+        args = self.args
         batches = GroupBatches(
             groups.shapes,
             batch_size,
-            collator.max_batch_tokens,
+            self.max_batch_tokens,
             processes=Processes(args.world_size, args.process_index),
             **settings,
         )
@@ -344,8 +368,9 @@ class BoNBoNTrainer(Trainer):
         return GroupLoader(
             PartsDataset(groups),
             batch_sampler=batches,
-            collate_fn=collator.lay_out,
+            collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
+            multiprocessing_context=_WORKERS if args.dataloader_num_workers else None,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
@@ -359,6 +384,10 @@ class BoNBoNTrainer(Trainer):
             self._reference.compute()
         found: dict[str, float] = super().evaluate(*args, **kwargs)
         return found
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises BonbonError: there are no predictions."""
+        raise BonbonError("groups have no labels to predict; use evaluate, or bonbon.generate")
 
     def _prepare_input(self, data: Any) -> Any:
         """To the device as it is: DeepSpeed's 16 bits would round rewards and log-probabilities."""
@@ -391,6 +420,12 @@ class BoNBoNTrainer(Trainer):
         logs |= {f"{prefix}{name}": v / groups for name, v in zip(names, values, strict=True)}
         logs.pop(f"{prefix}groups", None)
         super().log(logs, start_time)
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise DivergedError(
+                    f"the training diverged: {name} is {logs[name]} at step "
+                    f"{self.state.global_step}; lower the learning rate"
+                )
 
     def gathered_weights(self) -> dict[str, torch.Tensor] | None:
         """The weights that the processes hold shares of; None where each holds them whole.
@@ -406,6 +441,11 @@ class BoNBoNTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # The trainer's state is written next, and last, as a sign that a checkpoint is whole.
         self.accelerator.wait_for_everyone()
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether a step may leave some of the weights unused."""
+    return any("expert" in name for name, _ in model.named_modules())
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from bonbon.config import LARGEST_N
@@ -26,6 +27,9 @@ class BoNBoNConfig(TrainingArguments):
     max_grad_norm: float = field(default=10.0, metadata={"help": "The paper's clipping norm"})
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Off: a language model's buffers do not change"}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Off: a loss that is not finite ends the training"}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Groups are not columns"})
     global_batch_size: int | None = field(
@@ -92,6 +96,8 @@ class BoNBoNConfig(TrainingArguments):
     kl_samples: int = field(default=4, metadata={"help": "Completions drawn of each of them"})
 
     def __post_init__(self) -> None:
+        if torch.accelerator.current_accelerator(check_available=True) is None:
+            self.use_cpu = True  # or several processes would each train the whole model alone
         super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise BonbonError(

@@ -33,7 +33,7 @@ from bonbon.distributed import (
     process_count,
     wait_for_everyone,
 )
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, DivergedError
 from bonbon.files import atomic_folder, write_json
 from bonbon.groups import StoredGroups, open_groups
 from bonbon.models import load_policy
@@ -44,6 +44,8 @@ from bonbon.stage_settings import refuse_rounds, train_settings
 from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
 from bonbon.trainer_config import target_n
 
+_SPLIT = "eval_fraction"  # apart from that of the evaluation's prompts, which are not among these
+
 
 def train(folder: RunFolder) -> None:
     """Fine-tune the model, and the baselines, on the groups.
@@ -51,6 +53,7 @@ def train(folder: RunFolder) -> None:
     Processes that `torchrun` or `accelerate launch` started do it together: all call this.
     """
     refuse_rounds(folder.config)
+    check_trainings(folder)
     for name in folder.config.trainings:
         _train_one(folder, name)
     leave()
@@ -65,7 +68,7 @@ def check_trainings(folder: RunFolder) -> None:
 
 def _train_one(folder: RunFolder, name: str) -> None:
     settings = folder.config.trainings[name]
-    folder.begin(folder.training(name), train_settings(folder.config, name))
+    folder.begin_training(name, train_settings(folder.config, name))
     if from_main_process(folder.model(name).exists):
         return
     if not folder.is_finished("score", folder.groups):
@@ -78,7 +81,11 @@ def _train_one(folder: RunFolder, name: str) -> None:
         _check_checkpoint(trainer, checkpoint)
     with _shown(trainer, f"training {name}"):
         began = time.monotonic()
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except DivergedError:
+            _remove_checkpoints(folder, name)  # so that it can be begun with other settings
+            raise
     assert trainer.selection is not None
     record = {
         "objective": settings.objective,
@@ -88,11 +95,23 @@ def _train_one(folder: RunFolder, name: str) -> None:
         "held_out_groups": trainer.held_out.found if trainer.held_out else 0,
         "tied_groups_dropped": trainer.selection.tied,
         "seconds": time.monotonic() - began,
-        "log": trainer.state.log_history,
+        "log": [_as_json(entry) for entry in trainer.state.log_history],
     }
     _save_model(trainer, folder, name, record)
+    _remove_checkpoints(folder, name)
+
+
+def _remove_checkpoints(folder: RunFolder, name: str) -> None:
     if is_main_process():
         shutil.rmtree(folder.checkpoints(name), ignore_errors=True)
+
+
+def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line of the trainer's log; JSON has no NaN and no infinities."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in entry.items()
+    }
 
 
 def _trainer(
@@ -186,8 +205,8 @@ def _split(groups: StoredGroups, fraction: float) -> tuple[StoredGroups, StoredG
     """The groups to train on, and those held out for the evaluation loss."""
     if fraction == 0:
         return groups, None
-    kept = replace(groups, wanted=lambda group: not is_held_out(group, fraction))
-    held = replace(groups, wanted=lambda group: is_held_out(group, fraction))
+    kept = replace(groups, wanted=lambda group: not is_held_out(group, fraction, _SPLIT))
+    held = replace(groups, wanted=lambda group: is_held_out(group, fraction, _SPLIT))
     if from_main_process(lambda: _is_empty(kept) or _is_empty(held)):
         raise BonbonError(
             f"train.eval_fraction = {fraction:g} of the groups leaves a side empty; change it"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from bonbon.distributed import from_machine, wait_for_everyone
 from bonbon.errors import BonbonError
+from bonbon.files import beside
 from bonbon.groups import Group
 from bonbon.objectives import OBJECTIVES
 from bonbon.selected_groups import SelectedGroups, write_selected
-from bonbon.selection import Select, SelectedGroup, Selection, select_groups
+from bonbon.selection import Chosen, Select
 from bonbon.trainer_config import BoNBoNConfig
 
 
@@ -41,10 +42,21 @@ def temperature_of(args: BoNBoNConfig, dataset: Any) -> float:
     return float(next((t for t in (asked, found) if t is not None), 1.0))
 
 
-MappedSelection = Selection[SelectedGroups]
+@dataclass(frozen=True)
+class Selection:
+    """What to train on, the n that each group holds, and how many groups tied and were left out."""
+
+    groups: SelectedGroups
+    n: int
+    tied: int
+
+    @property
+    def found(self) -> int:
+        """How many groups there were to select from."""
+        return len(self.groups) + self.tied
 
 
-def selected(dataset: Any, choice: Select, folder: Path) -> MappedSelection | None:
+def selected(dataset: Any, choice: Select, folder: Path) -> Selection | None:
     """What a choice takes of a data set, read once on each machine; None for no data set.
 
     It goes through a file in `folder` that the processes of a machine map. The file is then
@@ -61,18 +73,14 @@ def selected(dataset: Any, choice: Select, folder: Path) -> MappedSelection | No
 
 def _select(dataset: Iterable[Any], choice: Select, folder: Path) -> tuple[Path, int, int]:
     """A new file with what is selected, and what `Selection` knows of it."""
-    path = folder / f".selected-{uuid.uuid4().hex}.arrow"
-
-    def written(groups: Iterable[SelectedGroup]) -> SelectedGroups:
-        write_selected(groups, path)
-        return SelectedGroups(path)
-
+    path = beside(folder / "selected.arrow")
+    chosen = Chosen(_trainable(dataset), choice)
     try:
-        selection = select_groups(_trainable(dataset), choice, written)
+        write_selected(chosen, path)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    return path, selection.n, selection.tied
+    return path, chosen.n, chosen.tied
 
 
 def _trainable(dataset: Iterable[Any]) -> Iterator[Group]:
@@ -86,7 +94,7 @@ def _trainable(dataset: Iterable[Any]) -> Iterator[Group]:
         yield group
 
 
-def check_logprobs(*selections: MappedSelection | None) -> None:
+def check_logprobs(*selections: Selection | None) -> None:
     """Raise BonbonError for groups whose log-probabilities are not known."""
     for groups in (selection.groups for selection in selections if selection):
         unknown = np.flatnonzero(~np.isfinite(groups.ref_logps).all(axis=1)).tolist()
@@ -97,7 +105,7 @@ def check_logprobs(*selections: MappedSelection | None) -> None:
             )
 
 
-def common_n(*selections: MappedSelection | None) -> int | None:
+def common_n(*selections: Selection | None) -> int | None:
     found = {selection.n for selection in selections if selection is not None}
     if len(found) > 1:
         raise BonbonError(

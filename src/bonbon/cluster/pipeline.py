@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from bonbon.cluster.attempts import DeadLetters
-from bonbon.cluster.session import check_room, cluster, first_line, pools_of
-from bonbon.cluster.workers import Job, ShardWorker, attempts_folder, ways
+from bonbon.cluster.session import check_room, cluster, first_line, pools_of, watched_head
+from bonbon.cluster.workers import Job, ShardWorker, attempts_folder
 from bonbon.config import PoolConfig, RayEngineConfig
 from bonbon.errors import BonbonError
 from bonbon.files import write_json
@@ -53,9 +53,9 @@ def _absolute(folder: RunFolder) -> RunFolder:
 
 def _todo(folder: RunFolder, stages: Sequence[str]) -> list[int]:
     """The shards that the first of the stages has to read and one of them has to write."""
-    done = [set(shard_indices(ways(folder, stage)[1])) for stage in stages]
+    done = [set(shard_indices(folder.ways(stage)[1])) for stage in stages]
     every = set.intersection(*done)
-    return [i for i in shard_indices(ways(folder, stages[0])[0]) if i not in every]
+    return [i for i in shard_indices(folder.ways(stages[0])[0]) if i not in every]
 
 
 def _work(
@@ -69,9 +69,9 @@ def _work(
         _begun(folder, engine) as job,
     ):
         check_room(ray, pools)
-        bar.set(0, prompt_count(ways(folder, stages[0])[0], todo))
+        bar.set(0, prompt_count(folder.ways(stages[0])[0], todo))
         try:
-            with _quiet_context(ray):
+            with _quiet_context(ray), watched_head(ray):
                 _watch(_rows(ray, job, dict(zip(stages, pools.values(), strict=True)), todo), bar)
         except Exception as error:
             raise _sentence(ray, error) from error
@@ -82,12 +82,14 @@ def _begun(folder: RunFolder, engine: RayEngineConfig) -> Iterator[Job]:
     """What workers are told; the tries that they note are forgotten before and after."""
     name = uuid.uuid4().hex[:8]
     attempts = attempts_folder(folder, name)
-    remove_folder(attempts.parent)
+    # In a store, which has no locks, another command may have its own.
+    own = attempts if is_remote(folder.data) else attempts.parent
+    remove_folder(own)
     write_json(attempts / "begun", {"by": os.getpid()})
     letters = DeadLetters(folder.data)
     letters.drop_unwritten()
     set_aside = frozenset(letter.key for letter in letters.read())
-    with _always(partial(remove_folder, attempts.parent)):
+    with _always(partial(remove_folder, own)):
         yield Job(
             path=folder.path,
             config=folder.config,

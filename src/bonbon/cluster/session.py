@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +19,7 @@ from bonbon.config import PoolConfig, RayEngineConfig
 from bonbon.errors import BonbonError
 
 _PATIENCE = 10.0  # seconds to reach a cluster's address
+_BEAT, _SILENCE = 2.0, 20.0  # seconds between looks whether the head is there, and until it is not
 _OBJECTS = 100 * 2**20  # bytes of shared memory: only shard numbers go through it
 
 
@@ -70,6 +74,11 @@ def _connect(ray: ModuleType, address: str | None) -> None:
             ray.init(**options)
     except (Exception, SystemExit) as error:
         where = "on this machine" if address is None else f"at {address}"
+        if any("Authentication" in type(it).__name__ for it in _causes(error)):
+            raise BonbonError(
+                f"the Ray cluster {where} asks for a token; set RAY_AUTH_MODE=token, and the token "
+                "as it documents (RAY_AUTH_TOKEN, or ~/.ray/auth_token)"
+            ) from error
         raise BonbonError(
             f"no Ray cluster {where} can be used: {first_line(error)}"
             + ("" if address is None else "; is it running (`ray start --head`), and this address?")
@@ -114,6 +123,53 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         worker.print_to_stdstream = printing
+
+
+@contextmanager
+def watched_head(ray: ModuleType) -> Iterator[None]:
+    """Raise BonbonError once the cluster's head is gone.
+
+    Ray itself waits for a minute and then ends the process without a word.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a signal would reach the main one
+        return
+    address: str = ray.get_runtime_context().gcs_address
+    lost, over = threading.Event(), threading.Event()
+    watcher = threading.Thread(target=_watch, args=(address, lost, over), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not lost.is_set():
+            raise
+        raise BonbonError(
+            f"the head of the Ray cluster, at {address}, cannot be reached any more; what is "
+            "finished stays, and the same command goes on"
+        ) from None
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _watch(address: str, lost: threading.Event, over: threading.Event) -> None:
+    """Interrupt the main thread when the head has not answered for some time."""
+    host, _, port = address.rpartition(":")
+    answered = time.monotonic()
+    while not over.wait(_BEAT):
+        with suppress(OSError):
+            socket.create_connection((host.strip("[]"), int(port)), _BEAT).close()
+            answered = time.monotonic()
+        if time.monotonic() - answered > _SILENCE:
+            lost.set()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            return
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def first_line(error: BaseException) -> str:

@@ -131,7 +131,7 @@ class Workshop:
 
     def do(self, shard: int) -> Done:
         """Make a shard, unless it is there. Raises BonbonError for what ends the run."""
-        source, target = ways(self.folder, self.stage)
+        source, target = self.folder.ways(self.stage)
         if is_there(shard_path(target, shard)):
             return Done(shard_rows(shard_path(source, shard)))
         work = self._opened()
@@ -240,7 +240,7 @@ class Workshop:
         letters = DeadLetters(self.folder.data)
         stages = ("sample", "score") if self.stage == "sample" else ("score",)
         names = [
-            shard_path(ways(self.folder, it)[1], shard).relative_to(self.folder.data).as_posix()
+            shard_path(self.folder.ways(it)[1], shard).relative_to(self.folder.data).as_posix()
             for it in stages
         ]
         reason = reasons(failed)
@@ -253,13 +253,6 @@ class Workshop:
                 f"{self.job.max_dead_letters}, the last because: {reason}; see {letters.path}, "
                 "and put right what fails or raise the limit"
             )
-
-
-def ways(folder: RunFolder, stage: str) -> tuple[Path, Path]:
-    """Where a stage's shards come from and go to."""
-    if stage == "sample":
-        return folder.prompts, folder.samples
-    return folder.samples, folder.groups
 
 
 def _merged(work: ShardWork, groups: Groups, kept: Mapping[int, Groups]) -> Groups:
@@ -280,11 +273,9 @@ def _reason(error: BaseException) -> str:
 
 def _may_have_broken(error: BaseException) -> bool:
     """Whether later calls in this process may fail because of this failure."""
+    if not isinstance(error, BonbonError):
+        return True
     cause: BaseException | None = error
-    while isinstance(cause, BonbonError):
-        if cause.__cause__ is None:
-            return False
+    while cause is not None and type(cause).__module__.split(".")[0] not in _ENGINES:
         cause = cause.__cause__
-        if type(cause).__module__.split(".")[0] not in (*_ENGINES, "bonbon"):
-            return False
-    return True
+    return cause is not None

@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from bonbon.batching import PaddedRows, pad_rows, token_batches
 from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure, Floats, bootstrap
+from bonbon.evaluation.kl import LOGITS, vocabulary_size
 from bonbon.logprobs import completion_log_probs
-from bonbon.models import context_length, forward_batch_tokens
+from bonbon.models import context_length, devices_of, forward_batch_tokens
 from bonbon.prompts import check_text, read_records
 
 
@@ -66,6 +67,8 @@ def human_text_losses(
         )
     nats = np.zeros(len(rows))
     max_tokens = forward_batch_tokens(max_batch_tokens, model.device)
+    if len(devices_of(model)) > 1:  # whose logits are not made in chunks
+        max_tokens = min(max_tokens, LOGITS // vocabulary_size(model))
     for batch in token_batches(scored, [len(rows[index]) for index in scored], max_tokens):
         chosen = [scored[index] for index in batch]
         nats[chosen] = _nats(model, [rows[index] for index in chosen])

@@ -37,7 +37,7 @@ from bonbon.models import forward_batch_tokens
 from bonbon.rows import warped_log_probs
 
 # At most this many logits of one model are held at once while KLs are computed (1 GiB in float32).
-_LOGITS = 2**28
+LOGITS = 2**28
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def completion_kls(
     # Both models' logits over the whole vocabulary are held at once.
     max_tokens = min(
         forward_batch_tokens(max_batch_tokens, policy.device),
-        _LOGITS // vocabulary_size(policy),
+        LOGITS // vocabulary_size(policy),
     )
     for batch in token_batches(rows, lengths, max_tokens):
         chosen = [rows[index] for index in batch]

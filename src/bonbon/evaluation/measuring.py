@@ -50,13 +50,16 @@ from bonbon.prompts import PromptRow
 from bonbon.reward import Reward, score_groups
 from bonbon.run_folder import RunFolder
 from bonbon.stages import (
+    Progress,
+    ShardWork,
     described,
+    drawing,
+    drawn_by,
     load_model,
     opened_reward,
     opened_sampler,
     reward_identity,
-    sample_shards,
-    transform_shards,
+    work_through,
     write_prompts,
 )
 
@@ -195,7 +198,9 @@ def _draw(folder: RunFolder, policy: Policy, load: Loader, rows: Sequence[Prompt
     stream = policy.name
     with opened_sampler(_sampler(config), policy.model, settings, stream, load) as sampler:
         write_prompts(sampler.encode(rows), prompts, settings.shard_size)
-        sample_shards(sampler, prompts, target, policy.model, f"{policy.name}: sampling")
+        noted = drawn_by(sampler, policy.model)
+        work = ShardWork(prompts, target, drawing(sampler), noted)
+        work_through(work, f"{policy.name}: sampling")
     folder.finish(stage, len(shard_paths(target)))
 
 
@@ -329,17 +334,12 @@ def _measure_forward(folder: RunFolder, policy: Policy, load: Loader, load_base:
     config = folder.config
     own, base = _kl_sampling(config, policy)
 
-    def measured(groups: Sequence[Group]) -> list[Group]:
+    def measured(groups: Sequence[Group], _: Progress) -> list[Group]:
         heads = [group.part(0, config.evaluation.k) for group in groups]
         return _with_kls(heads, config, (load_base, base), (load, own))
 
-    transform_shards(
-        folder.evaluation / BASE,
-        _forward(folder, policy.name),
-        measured,
-        {},
-        f"{policy.name}: measuring forward",
-    )
+    work = ShardWork(folder.evaluation / BASE, _forward(folder, policy.name), measured, {})
+    work_through(work, f"{policy.name}: measuring forward")
 
 
 def _forward(folder: RunFolder, name: str) -> Path:

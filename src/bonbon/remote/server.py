@@ -88,8 +88,12 @@ class Server:
             if refusal.status == 404 and self.settings.model is not None:
                 return Offer((self.settings.model,), {})
             raise self._error("its models", refusal) from refusal
-        except FaultError as fault:
-            raise self._error("its models", fault) from fault
+        except FaultError as fault:  # no request is at fault
+            reason = redacted(str(fault), self._endpoint.secret)
+            raise UnavailableError(
+                f"the server at {self.settings.base_url} did not give its models: {reason}; wait "
+                f"until it answers, or correct {self._section}.base_url"
+            ) from fault
 
     def ask_all(
         self, requests: Sequence[Request[T]], each: Callable[[T], Any] | None = None
