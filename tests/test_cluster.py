@@ -671,6 +671,24 @@ def test_what_ray_adds_to_a_sentence_is_left_out() -> None:
         assert str(told) == "the server is down"
 
 
+@pytest.mark.parametrize("engine", [None, "local", "ray", {"name": "ray", "tries": 2}])
+def test_an_address_on_the_command_line(
+    engine: Any, folder_of: MakeFolder, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It makes the engine Ray, whose other settings can then be set too."""
+    values = folder_of("out", PROMPTS[:4], "slow").config.model_dump(mode="json")
+    values |= {"engine": engine} if engine else {}
+    (here / "run.yaml").write_text(json.dumps(values))
+    asked: list[Any] = []
+    monkeypatch.setattr(pipeline, "sample", lambda folder: asked.append(folder.config.engine))
+    more = ["--set", "engine.samplers.max=3", "--ray-address", "somewhere:1"]
+    said = CliRunner().invoke(app, ["sample", "run.yaml", "--out", "out", *more])
+    assert said.exit_code == 0, said.output
+    (found,) = asked
+    assert (found.name, found.address, found.samplers.max) == ("ray", "somewhere:1", 3)
+    assert found.tries == (2 if isinstance(engine, dict) else 3)
+
+
 def test_an_address_without_a_cluster_is_an_error_at_once(folder_of: MakeFolder) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
     folder = folder_of("out", PROMPTS[:4], "slow", engine={"name": "ray", "address": "127.0.0.1:1"})

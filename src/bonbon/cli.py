@@ -112,9 +112,8 @@ def _add_stage(name: str, summary: str, show: Callable[[RunFolder, Any], None]) 
         ray_address: RayAddress = None,
     ) -> None:
         with _reported():
-            settings = _settings(config, set_, prompt_column, on_long_prompt)
-            if ray_address is not None:
-                settings = _on_ray(settings, ray_address)
+            changes = [*(set_ or ()), *_on_ray(ray_address)]
+            settings = _settings(config, changes, prompt_column, on_long_prompt)
             show(*_stage(settings, out, name))
 
     has_workers = name in ("run", "sample", "score")
@@ -457,13 +456,11 @@ def _settings(
     return load_config(path, _changes(overrides, column, on_long_prompt))
 
 
-def _on_ray(settings: RunConfig, address: str) -> RunConfig:
-    """The same run on a Ray cluster."""
-    from bonbon.config import RayEngineConfig
-
-    engine = settings.engine
-    ray = engine if isinstance(engine, RayEngineConfig) else RayEngineConfig()
-    return settings.model_copy(update={"engine": ray.model_copy(update={"address": address})})
+def _on_ray(address: str | None) -> list[str]:
+    """The changes that put a run on a Ray cluster."""
+    if address is None:
+        return []
+    return ["engine.name=ray", f"engine.address={json.dumps(address)}"]
 
 
 def _changes(
