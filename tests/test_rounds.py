@@ -222,6 +222,27 @@ def test_a_folder_keeps_its_number_of_rounds(
         run(config(now), folder.path)
 
 
+def test_a_training_that_came_to_nothing_can_be_changed(
+    tiny_model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """On the samples of the first round; once a model is there, no more."""
+    values = settings(tiny_model, prompts, baselines={})
+
+    def rounds_with(**train: Any) -> RunFolder:
+        changed = values | {"train": values["train"] | train}
+        return RunFolder(tmp_path / "out", parse_config(changed))
+
+    with pytest.raises(BonbonError, match="adapter does not fit"):
+        pipeline._run_rounds(rounds_with(lora={"target_modules": ["none_such"], "merge": True}))
+    drawn = (tmp_path / "out" / "round-1" / "samples" / "shard-00000.parquet").stat().st_mtime_ns
+    folder = rounds_with()
+    pipeline._run_rounds(folder)
+    assert folder.model(folder.config.model_name).is_dir()
+    assert drawn == (folder.rounds()[0].samples / "shard-00000.parquet").stat().st_mtime_ns
+    with pytest.raises(BonbonError, match=r"learning_rate was 0\.001 and is now 0\.5"):
+        pipeline._run_rounds(rounds_with(learning_rate=0.5))
+
+
 def test_other_training_settings_are_not_evaluated(finished: RunFolder) -> None:
     train = finished.config.train.model_copy(update={"learning_rate": 0.5})
     folder = RunFolder(finished.path, finished.config.model_copy(update={"train": train}))

@@ -193,8 +193,10 @@ def _run_rounds(folder: RunFolder) -> None:
     config = folder.config
     folder.refuse("compare", what="a comparison")
     folder.refuse("generate", what="answers of `bonbon generate`")
-    folder.begin("rounds", rounds_settings(config))
     steps = folder.rounds()
+    if not any(step.has_trained(name) for step in steps for name in step.config.trainings):
+        folder.forget("rounds")  # so that a training that failed at once can be changed
+    folder.begin("rounds", rounds_settings(config))
     check_trainings(steps[0])
     for step in steps:
         sample_and_score(step)

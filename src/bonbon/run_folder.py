@@ -290,8 +290,12 @@ class RunFolder(StageFolder):
         from_main_process(partial(self._forget_training, name))
         self.begin(self.training(name), settings)
 
+    def has_trained(self, name: str) -> bool:
+        """Whether something came of the training of the model of that name."""
+        return self.model(name).exists() or self.last_checkpoint(name) is not None
+
     def _forget_training(self, name: str) -> None:
-        if not self.model(name).exists() and self.last_checkpoint(name) is None:
+        if not self.has_trained(name):
             self.forget(self.training(name))
             shutil.rmtree(self.checkpoints(name), ignore_errors=True)
 
