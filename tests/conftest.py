@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
-from bonbon.groups import Group, Prompt
+from bonbon.groups import Group, Groups, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -174,6 +175,15 @@ def group_of(
         "finish_reasons": ("stop",) * n,
     }
     return Group(**(values | changes))
+
+
+def assert_same_groups(found: Groups, expected: Groups) -> None:
+    """The same draws and rewards; log-probabilities as near as batches allow."""
+    assert [g.prompt_id for g in found] == [g.prompt_id for g in expected]
+    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+    assert [g.rewards for g in found] == [g.rewards for g in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-5)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from bonbon.errors import BonbonError, UnavailableError
 from bonbon.groups import Group, Groups, read_groups, shard_path, write_shard
 from bonbon.run_folder import RunFolder
 from bonbon.stages import ShardWork
-from conftest import MakeGroup
+from conftest import MakeGroup, assert_same_groups
 
 DEADLINE = 300.0
 
@@ -461,14 +461,6 @@ def notes(here: Path, name: str) -> list[int]:
     return [int(path.name.split("-")[1]) for path in (here / "notes").glob(f"{name}-*")]
 
 
-def assert_same(found: Groups, expected: Groups) -> None:
-    assert [g.prompt_id for g in found] == [g.prompt_id for g in expected]
-    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
-    assert [g.rewards for g in found] == [g.rewards for g in expected]
-    for mine, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-5)
-
-
 def engine(nodes: Any, samplers: int = 1, scorers: int = 1, **more: Any) -> dict[str, Any]:
     pools = {"samplers": {"min": 1, "max": samplers}, "scorers": {"min": 1, "max": scorers}}
     return {"name": "ray", "address": nodes.address, **pools, **more}
@@ -510,7 +502,7 @@ def test_a_dead_node_and_a_dead_actor_lose_and_double_nothing(
     pipeline.sample_and_score(spread)
     disturber.join()
     assert killed
-    assert_same(read_groups(spread.groups), read_groups(local.groups))
+    assert_same_groups(read_groups(spread.groups), read_groups(local.groups))
     assert not (spread.path / "dead_letters.jsonl").exists()
     assert not (spread.path / ".bonbon" / "attempts").exists()
 
@@ -545,7 +537,7 @@ def test_poison_is_set_aside_and_the_run_goes_on(
     assert len(set(notes(here, "kill"))) == 3
     assert "2 prompts were set aside; see" in capsys.readouterr().err
     others = [g for g in read_groups(clean.groups) if g.prompt_id not in by_id]
-    assert_same(read_groups(folder.groups), Groups(others))
+    assert_same_groups(read_groups(folder.groups), Groups(others))
     assert len(read_groups(folder.samples)) == 16
     pipeline.sample_and_score(folder)  # all is done
     assert "2 prompts were set aside; see" in capsys.readouterr().err
@@ -572,7 +564,7 @@ def test_a_killed_command_goes_on(nodes: Any, folder_of: MakeFolder, here: Path)
     assert "ray" not in (here / "output").read_text().lower()
     again = CliRunner().invoke(app, [*arguments, "--ray-address", nodes.address])
     assert again.exit_code == 0, again.output
-    assert_same(read_groups(folder.groups), read_groups(local.groups))
+    assert_same_groups(read_groups(folder.groups), read_groups(local.groups))
     assert all(path.stat().st_mtime_ns == moment for path, moment in done.items())
     # Ray's processes end with the command's; its agents see to it once a minute only.
     workers_of = [it for it in family if it.is_running() and not it.name().endswith("Agent")]

@@ -109,7 +109,7 @@ def test_decoding_by_hand() -> None:
     assert speed.step_seconds(256) == pytest.approx((16.0605e9 + 12.8849e9) / 3.35e12, rel=1e-4)
     assert speed.step_seconds(256) == pytest.approx(8.64e-3, rel=1e-3)
     assert speed.tokens_per_second(256) == pytest.approx(29_628, rel=1e-3)
-    half = estimates.decode_tokens_per_second(LLAMA_8B, H100, 1, 256, 384, utilisation=0.5)
+    half = estimates.decode_speed(LLAMA_8B, H100, 1, 256, 384, 0.5).tokens_per_second(256)
     assert half == pytest.approx(speed.tokens_per_second(256) / 2)
     # 2,000 rows: 2 · 8.03e9 · 2000 FLOPs take longer than reading the weights.
     many = estimates.decode_speed(LLAMA_8B, H100, 1, rows=2000, context=384)

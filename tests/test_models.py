@@ -72,7 +72,7 @@ def test_no_more_logits_are_made_at_once_than_of_kls(
 ) -> None:
     """A spread model's are all made at once, so its batches of texts must be small."""
     whole, tokenizer = load_policy(str(tiny_model), device="cpu")
-    monkeypatch.setattr(human_text, "LOGITS", 20 * 259)
+    monkeypatch.setattr("bonbon.evaluation.kl._LOGITS", 20 * 259)
     made = []
     hook = spread.register_forward_hook(lambda *seen: made.append(seen[-1].logits.shape))
     texts = ["one text", "and one more", "3", "four"] * 3

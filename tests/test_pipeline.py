@@ -97,6 +97,15 @@ def test_the_model_is_an_ordinary_folder_with_a_card(folder: RunFolder) -> None:
     assert (folder.evaluation / "win_rate_kl.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_evaluation_drew_is_counted_once(folder: RunFolder) -> None:
+    cost = json.loads((folder.evaluation / "evaluation.json").read_text())["cost"]
+    drawn = [read_groups(path) for path in folder.evaluation.glob("*-samples")]
+    assert len(drawn) == 3
+    tokens = sum(sum(group.lengths()) for groups in drawn for group in groups)
+    assert cost["evaluation"]["tokens"] == tokens
+    assert cost["sampling"]["tokens"] == sum(sum(g.lengths()) for g in read_groups(folder.groups))
+
+
 def test_the_same_command_again_makes_nothing_again(folder: RunFolder) -> None:
     def made() -> dict[Path, int]:
         files = [*folder.path.rglob("*.parquet"), *folder.path.rglob("*.safetensors")]

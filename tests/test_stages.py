@@ -14,7 +14,14 @@ from bonbon import pipeline
 from bonbon.ahead import AHEAD
 from bonbon.config import RunConfig, SamplingConfig, parse_config
 from bonbon.errors import BonbonError
-from bonbon.groups import Group, read_groups, read_shard, shard_indices, shard_path
+from bonbon.groups import (
+    Group,
+    read_groups,
+    read_shard,
+    shard_indices,
+    shard_path,
+    write_shard,
+)
 from bonbon.prompts import EncodedPrompt, PromptRow, is_held_out, read_prompts
 from bonbon.run_folder import RunFolder
 from bonbon.sampling import encode_prompts
@@ -25,6 +32,7 @@ from bonbon.stages import (
     evaluation_prompts,
     prompt_count,
     scoring,
+    spent,
     trained_on,
     training_prompts,
     work_through,
@@ -127,6 +135,22 @@ def test_scoring_keeps_what_sampling_noted(tmp_path: Path) -> None:
     groups = read_groups(tmp_path / "groups")
     assert [group.rewards for group in groups] == [(float(len(p)),) * 2 for p in PROMPTS]
     assert (groups.provenance["model"], groups.provenance["reward"]) == ("m", "length")
+
+
+def test_what_folders_took_is_known_where_every_shard_says(tmp_path: Path) -> None:
+    def folder(name: str, *noted: dict[str, float]) -> Path:
+        for index, note in enumerate(noted):
+            write_shard(shard_path(tmp_path / name, index), [], note)
+        return tmp_path / name
+
+    both = folder("both", {"tokens": 3, "seconds": 0.5}, {"tokens": 4, "seconds": 1.5})
+    other = folder("other", {"tokens": 5, "seconds": 1.0})
+    silent = folder("silent", {"tokens": 1, "seconds": 1.0}, {"tokens": 1})
+    assert spent([both]) == {"tokens": 7, "seconds": 2.0}
+    assert spent([both, other]) == {"tokens": 12, "seconds": 3.0}
+    assert spent([both, silent]) == {"tokens": 9, "seconds": None}
+    assert spent([both, tmp_path / "empty"]) == {"tokens": None, "seconds": None}
+    assert spent([]) == {"tokens": 0, "seconds": 0}
 
 
 def test_a_shard_without_prompts_stays_one(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from bonbon.files import read_json, write_json, write_text
 from bonbon.groups import Groups, read_groups, shard_indices, shard_path, write_shard
 from bonbon.run_folder import RunFolder
 from bonbon.storage import files_in, is_remote, is_there, remove_folder, storage_path
-from conftest import MakeGroup
+from conftest import MakeGroup, assert_same_groups
 
 QUICK = 20.0  # seconds, within which a store that is down must be found out
 
@@ -217,21 +217,13 @@ def folder_of(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
     return make
 
 
-def assert_same(found: Groups, expected: Groups) -> None:
-    assert [g.prompt_id for g in found] == [g.prompt_id for g in expected]
-    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
-    assert [g.rewards for g in found] == [g.rewards for g in expected]
-    for mine, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-5)
-
-
 def test_a_whole_run_with_its_groups_in_s3(store: Store, folder_of: MakeFolder) -> None:
     local = folder_of("local", None)
     pipeline.sample_and_score(local)
     pipeline.train(local)
     remote = folder_of("remote", "s3://bucket/runs/one")
     pipeline.run(remote)
-    assert_same(read_groups(remote.groups), read_groups(local.groups))
+    assert_same_groups(read_groups(remote.groups), read_groups(local.groups))
     assert not (remote.path / "groups").exists()
     weights = [load_file(f.path / "model" / "model.safetensors") for f in (local, remote)]
     for name, values in weights[0].items():
@@ -364,7 +356,7 @@ def test_a_store_that_goes_down_loses_nothing(
     monkeypatch.setattr(lengths, "hook", None)
     pipeline.score(remote)
     assert files_in(remote.groups)[0].stat().st_mtime == written
-    assert_same(read_groups(remote.groups), read_groups(local.groups))
+    assert_same_groups(read_groups(remote.groups), read_groups(local.groups))
 
 
 def test_a_bucket_that_is_missing(store: Store, folder_of: MakeFolder) -> None:

@@ -126,13 +126,18 @@ class VllmSamplerConfig(VllmSettings):
     name: Literal["vllm"] = "vllm"
 
 
-class ServerSettings(Settings):
-    """An OpenAI-compatible server, and how it is asked."""
+class EndpointSettings(Settings):
+    """Where an OpenAI-compatible server is."""
 
     base_url: str = Field("http://127.0.0.1:8000/v1", description="up to /completions")
     api_key_env: str = Field(
         "OPENAI_API_KEY", description="the environment variable that holds the key, if one is set"
     )
+
+
+class ServerSettings(EndpointSettings):
+    """An OpenAI-compatible server, and how it is asked."""
+
     model: str | None = Field(None, description="the server's name for it; None: its only one")
     timeout: float = Field(120.0, gt=0, description="seconds that a try may take")
     deadline: float = Field(600.0, gt=0, description="seconds of a request, tries and all")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from bonbon.errors import BonbonError
-from bonbon.storage import cannot_write, is_remote, reached, uploaded
+from bonbon.storage import beside, cannot_write, is_remote, reached, uploaded
 
 
 @contextmanager
@@ -40,13 +39,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def beside(path: Path) -> Path:
-    """A name beside `path` that no other writer of it uses; `remove_torn` knows it."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-
-
 def remove_torn(folder: Path) -> None:
-    """Remove the temporary files and folders that killed processes left anywhere in a folder."""
+    """Remove what killed processes left `beside` files and folders, anywhere in a folder."""
     for path in list(folder.rglob(".*.tmp")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -97,11 +97,10 @@ class StageFolder:
 
     def _begin(self, stage: str, settings: Mapping[str, Any]) -> None:
         self.compare(stage, settings)
-        note = self._notes / f"{stage}.json"
-        if not note.exists():
+        if self.noted(stage) is None:
             # The note last: a stop between the two would otherwise leave an older config.yaml.
             self.write_config()
-            write_json(note, _binding(settings))
+            write_json(self._notes / f"{stage}.json", _binding(settings))
 
     def write_config(self) -> None:
         """Write the configuration to `config.yaml`."""
@@ -113,18 +112,14 @@ class StageFolder:
         for name in (f"{stage}.json", f"{stage}.done.json"):
             (self._notes / name).unlink(missing_ok=True)
 
-    def has_begun(self, stage: str) -> bool:
-        """Whether a stage's settings are noted."""
-        return (self._notes / f"{stage}.json").exists()
-
-    def noted(self, stage: str) -> Any:
+    def noted(self, stage: str) -> dict[str, Any] | None:
         """The settings that a stage was begun with; None where it was not."""
         note = self._notes / f"{stage}.json"
         return read_json(note) if note.exists() else None
 
     def refuse(self, *stages: str, what: str) -> None:
         """Raise BonbonError when the folder holds one of the stages, since it is `what`."""
-        if any((self._notes / f"{stage}.json").exists() for stage in stages):
+        if any(self.noted(stage) is not None for stage in stages):
             raise BonbonError(f"{self.path} holds {what}; choose another --out")
 
     def compare(self, stage: str, settings: Mapping[str, Any]) -> None:
@@ -145,10 +140,9 @@ class StageFolder:
     def _differing(self, stage: str, wanted: Mapping[str, Any]) -> list[str]:
         differing: dict[str, str] = {}
         for name in ("sample", "score", "rounds", stage):
-            note = self._notes / f"{name}.json"
-            if not note.exists():
+            found = self.noted(name)
+            if found is None:
                 continue
-            found = read_json(note)
             keys = {*found, *wanted} if name == stage else found.keys() & wanted.keys()
             for key in sorted(keys):
                 was, now = found.get(key), wanted.get(key)

@@ -406,12 +406,12 @@ def work_here(folder: RunFolder, stage: str) -> None:
         work_through(work, {"sample": "sampling", "score": "scoring"}[stage])
 
 
-def spent(folder: Path) -> dict[str, float | None]:
-    """The `tokens` and `seconds` that the shards of a folder took; None where they do not say."""
-    noted = list(iter_provenance(folder))
-    return {what: _sum([it.get(what) for it in noted]) for what in ("tokens", "seconds")}
+def spent(folders: Iterable[Path]) -> dict[str, float | None]:
+    """The `tokens` and `seconds` that folders' shards took; None where one does not say."""
+    noted = [note for folder in folders for note in list(iter_provenance(folder)) or [{}]]
+    return {what: _total([note.get(what) for note in noted]) for what in ("tokens", "seconds")}
 
 
-def _sum(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return sum(found) if found and len(found) == len(values) else None
+def _total(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

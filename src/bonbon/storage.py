@@ -182,6 +182,11 @@ def _first_line(error: Exception) -> str:
     return re.sub(r"\?[^\s\"]*", "", lines[0]) if lines else type(error).__name__
 
 
+def beside(path: Path) -> Path:
+    """A name beside `path` that no other writer of it uses, for what is not yet whole."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 @contextmanager
 def uploaded(path: Path) -> Iterator[Path]:
     """Yield a local path; on success its file is put at the remote `path`, whole or not at all.
@@ -199,7 +204,7 @@ def uploaded(path: Path) -> Iterator[Path]:
             if remote.protocol in _WHOLE_OBJECTS:
                 remote.fs.put_file(str(local), remote.path)
                 return
-            aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+            aside = beside(path)
             remote.parent.mkdir(parents=True, exist_ok=True)
             remote.fs.put_file(str(local), aside.path)  # type: ignore[attr-defined]
             remote.fs.mv(aside.path, remote.path)  # type: ignore[attr-defined]

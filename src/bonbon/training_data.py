@@ -11,11 +11,11 @@ import numpy as np
 
 from bonbon.distributed import from_machine, wait_for_everyone
 from bonbon.errors import BonbonError
-from bonbon.files import beside
 from bonbon.groups import Group
 from bonbon.objectives import OBJECTIVES
 from bonbon.selected_groups import SelectedGroups, write_selected
 from bonbon.selection import Chosen, Select
+from bonbon.storage import beside
 from bonbon.trainer_config import BoNBoNConfig
 
 

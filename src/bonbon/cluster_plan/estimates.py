@@ -139,18 +139,6 @@ def decode_speed(
     return DecodeSpeed(products, kv_bytes_per_token(shape) * context / bandwidth)
 
 
-def decode_tokens_per_second(
-    shape: ModelShape,
-    gpu: Accelerator,
-    gpus: float,
-    rows: int,
-    context: float,
-    utilisation: float = 1.0,
-) -> float:
-    """Tokens a second of a full batch of `rows`; see `decode_speed`."""
-    return decode_speed(shape, gpu, gpus, rows, context, utilisation).tokens_per_second(rows)
-
-
 def forward_flops(shape: ModelShape, tokens: float) -> float:
     """FLOPs of a forward pass: 2 · parameters a token."""
     return 2.0 * parameter_count(shape) * tokens

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from bonbon.batching import PaddedRows, pad_rows, token_batches
 from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure, Floats, bootstrap
-from bonbon.evaluation.kl import LOGITS, vocabulary_size
+from bonbon.evaluation.kl import whole_logits_batch_tokens
 from bonbon.logprobs import completion_log_probs
 from bonbon.models import context_length, devices_of, forward_batch_tokens
 from bonbon.prompts import check_text, read_records
@@ -66,9 +66,9 @@ def human_text_losses(
             "give longer texts"
         )
     nats = np.zeros(len(rows))
-    max_tokens = forward_batch_tokens(max_batch_tokens, model.device)
-    if len(devices_of(model)) > 1:  # whose logits are not made in chunks
-        max_tokens = min(max_tokens, LOGITS // vocabulary_size(model))
+    in_chunks = len(devices_of(model)) <= 1  # else its logits are made at once
+    batch_tokens = forward_batch_tokens(max_batch_tokens, model.device)
+    max_tokens = batch_tokens if in_chunks else whole_logits_batch_tokens(model, batch_tokens)
     for batch in token_batches(scored, [len(rows[index]) for index in scored], max_tokens):
         chosen = [scored[index] for index in batch]
         nats[chosen] = _nats(model, [rows[index] for index in chosen])

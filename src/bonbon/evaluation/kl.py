@@ -37,7 +37,7 @@ from bonbon.models import forward_batch_tokens
 from bonbon.rows import warped_log_probs
 
 # At most this many logits of one model are held at once while KLs are computed (1 GiB in float32).
-LOGITS = 2**28
+_LOGITS = 2**28
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,7 @@ def completion_kls(
     ]
     found = [{name: [0.0] * group.n for name in ESTIMATES} for group in groups]
     lengths = [len(prompt) + len(ids) for _, _, prompt, ids in rows]
-    # Both models' logits over the whole vocabulary are held at once.
-    max_tokens = min(
-        forward_batch_tokens(max_batch_tokens, policy.device),
-        LOGITS // vocabulary_size(policy),
-    )
+    max_tokens = whole_logits_batch_tokens(policy, max_batch_tokens)
     for batch in token_batches(rows, lengths, max_tokens):
         chosen = [rows[index] for index in batch]
         sums = _row_kls((policy, base), settings, chosen)
@@ -95,6 +91,11 @@ def completion_kls(
             for (index, k, _, _), value in zip(chosen, values, strict=True):
                 found[index][name][k] = value
     return [CompletionKLs(**{name: tuple(v) for name, v in group.items()}) for group in found]
+
+
+def whole_logits_batch_tokens(model: PreTrainedModel, asked: int | None) -> int:
+    """Padded tokens of a pass whose logits, over the whole vocabulary, are all held at once."""
+    return min(forward_batch_tokens(asked, model.device), _LOGITS // vocabulary_size(model))
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

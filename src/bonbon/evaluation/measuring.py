@@ -42,7 +42,6 @@ from bonbon.groups import (
     shard_path,
     shard_paths,
     shard_provenance,
-    shard_rows,
     write_shard,
 )
 from bonbon.progress import progress_bar
@@ -58,6 +57,7 @@ from bonbon.stages import (
     load_model,
     opened_reward,
     opened_sampler,
+    prompt_count,
     reward_identity,
     work_through,
     write_prompts,
@@ -296,8 +296,7 @@ def _measure(folder: RunFolder, name: str, columns: Mapping[str, Column]) -> Non
     }
     if not todo:
         return
-    total = sum(shard_rows(shard_path(source, index)) for index in todo)
-    with progress_bar(f"{name}: measuring", total, "prompts") as bar:
+    with progress_bar(f"{name}: measuring", prompt_count(source, list(todo)), "prompts") as bar:
         for index, missing in todo.items():
             path = shard_path(target, index)
             shard = read_shard(path if path.exists() else shard_path(source, index))

@@ -270,8 +270,8 @@ def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
     samples = [path for path in measured if path.name.endswith("-samples")]
     cost: dict[str, Any] = {
         "evaluation": {
-            "tokens": _totals(samples)["tokens"],
-            "seconds": _totals(measured)["seconds"],
+            "tokens": spent(samples)["tokens"],
+            "seconds": spent(measured)["seconds"],
         }
     }
     if not all(shard_paths(part.samples) for part in parts):
@@ -281,8 +281,8 @@ def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
         for name in folder.config.trainings
     }
     return cost | {
-        "sampling": _totals([part.samples for part in parts]),
-        "scoring": {"seconds": _totals([part.groups for part in parts])["seconds"]},
+        "sampling": spent([part.samples for part in parts]),
+        "scoring": {"seconds": spent([part.groups for part in parts])["seconds"]},
         "training": {
             name: {"seconds": sum(read_json(path)["seconds"] for path in paths)}
             for name, paths in logs.items()
@@ -293,12 +293,3 @@ def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
 def _models_of(name: str, parts: Sequence[RunFolder]) -> list[Path]:
     """Where a model of that name lies in each of the rounds that trained it."""
     return [part.model(name) for part in parts if part.model(name).is_dir()]
-
-
-def _totals(folders: Sequence[Path]) -> dict[str, float | None]:
-    found = [spent(path) for path in folders]
-    columns = {what: [it[what] for it in found] for what in ("tokens", "seconds")}
-    return {
-        what: None if None in values else sum(value for value in values if value is not None)
-        for what, values in columns.items()
-    }

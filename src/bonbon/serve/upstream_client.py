@@ -7,22 +7,18 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 
+from bonbon.config import EndpointSettings
 from bonbon.endpoints import checked_endpoint
 from bonbon.remote.client import Client, FaultError, RefusedError
 from bonbon.serve.answers import out_of_time
 from bonbon.serve.backend import BackendError
-from bonbon.settings import Settings
 
 T = TypeVar("T")
 
 
-class UpstreamConfig(Settings):
+class UpstreamConfig(EndpointSettings):
     """An OpenAI-compatible server that candidates are drawn from, such as vLLM."""
 
-    base_url: str = Field("http://127.0.0.1:8000/v1", description="up to /completions")
-    api_key_env: str = Field(
-        "OPENAI_API_KEY", description="the environment variable that holds the key, if one is set"
-    )
     model: str | None = Field(None, description="the only one offered; None: all that it has")
     timeout: float = Field(60.0, gt=0, description="seconds that one try of a candidate may take")
     concurrency: int = Field(64, ge=1, description="candidates drawn at a time")
