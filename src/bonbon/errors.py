@@ -28,3 +28,9 @@ class DivergedError(BonbonError):
 
 class UserCodeError(BonbonError):
     """A function of the user's own failed; the message may hold all that the function knows."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library's says, in a line; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

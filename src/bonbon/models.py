@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, first_line
 from bonbon.files import read_json
 
 Quantization = Literal["nf4", "int8"]
@@ -34,8 +34,8 @@ def pick_device(device: str = "auto") -> torch.device:
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise BonbonError(f"device {device!r} cannot be used here: {reason}") from error
+            said = first_line(error)
+            raise BonbonError(f"device {device!r} cannot be used here: {said}") from error
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or accelerator.type == "mps":
         return torch.device("cpu")
@@ -87,8 +87,7 @@ def load_pretrained(loader: Any, what: str, name: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(str(Path(name).expanduser()), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise BonbonError(f"{what} {name} cannot be loaded: {reason}") from error
+        raise BonbonError(f"{what} {name} cannot be loaded: {first_line(error)}") from error
 
 
 def load_policy(

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, first_line
 
 # Stores that show an object once it is whole; elsewhere it is written aside and renamed.
 _WHOLE_OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
@@ -66,7 +66,7 @@ def storage_path(place: str | Path) -> Path:
             else "pip install 'bonbon-align[storage]' brings what s3:// and gs:// need"
         )
         raise BonbonError(
-            f"storage {place} cannot be used: {_first_line(error):.200}; {needs}"
+            f"storage {place} cannot be used: {_without_query(first_line(error)):.200}; {needs}"
         ) from error
     if scheme in _S3:
         filesystem.retries = _S3FS_TRIES
@@ -170,16 +170,15 @@ def _said(error: Exception) -> str:
     if isinstance(error, PermissionError):
         return f"the store refuses it ({str(error) or 'permission denied'}); check the credentials"
     if isinstance(error, TimeoutError) or "Timeout" in name or "Connect" in name:
-        return f"the store cannot be reached ({_first_line(error)})"
+        return f"the store cannot be reached ({_without_query(first_line(error))})"
     if isinstance(error, FileNotFoundError):
-        return f"it is not there ({_first_line(error)})"
-    return _first_line(error)
+        return f"it is not there ({_without_query(first_line(error))})"
+    return _without_query(first_line(error))
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    # A URL without its query.
-    return re.sub(r"\?[^\s\"]*", "", lines[0]) if lines else type(error).__name__
+def _without_query(text: str) -> str:
+    """A text with its addresses' queries, which may hold signatures, left out."""
+    return re.sub(r"\?[^\s\"]*", "", text)
 
 
 def beside(path: Path) -> Path:

@@ -43,7 +43,7 @@ from bonbon.config import (
     VllmSamplerConfig,
     VllmSettings,
 )
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, first_line
 from bonbon.files import read_json
 from bonbon.groups import Group, Prompt
 from bonbon.models import BALANCED, end_token_ids, load_pretrained, pick_dtype
@@ -73,7 +73,7 @@ def import_vllm() -> Any:
         with _own_output():
             import vllm
     except Exception as error:  # a build for another CUDA, say
-        raise BonbonError(f"vLLM is installed but does not load: {_first_line(error)}") from error
+        raise BonbonError(f"vLLM is installed but does not load: {_said(error)}") from error
     return vllm
 
 
@@ -190,7 +190,7 @@ class Engine:
                 return f"{found[1]}: {found[2]}"
         if dead:
             return "its process has ended, as when the machine runs out of memory"
-        return _first_line(error)
+        return _said(error)
 
 
 def _guard_of(processes: Iterable[BaseProcess]) -> subprocess.Popen[bytes] | None:
@@ -211,11 +211,10 @@ def _guard_of(processes: Iterable[BaseProcess]) -> subprocess.Popen[bytes] | Non
     )
 
 
-def _first_line(error: Exception) -> str:
+def _said(error: Exception) -> str:
     if isinstance(error, ValidationError):  # whose first line counts errors
         return error.errors()[0]["msg"]
-    text = str(error).strip()
-    return text.splitlines()[0] if text else repr(error)
+    return first_line(error)
 
 
 def _check_settings(settings: VllmSettings, known: dict[str, Any]) -> None:
@@ -359,7 +358,7 @@ class VllmSampler:
         except Exception as error:
             self.close()
             raise BonbonError(
-                f"vLLM cannot use the adapter {folder}: {_first_line(error)}; merge it into its "
+                f"vLLM cannot use the adapter {folder}: {_said(error)}; merge it into its "
                 "model (train.lora.merge: true)"
             ) from error
         return adapter

@@ -13,10 +13,10 @@ from types import ModuleType
 from typing import Any
 
 from bonbon.cluster.attempts import DeadLetters
-from bonbon.cluster.session import check_room, cluster, first_line, pools_of, watched_head
+from bonbon.cluster.session import check_room, cluster, pools_of, watched_head
 from bonbon.cluster.workers import Job, ShardWorker, attempts_folder
 from bonbon.config import PoolConfig, RayEngineConfig
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, first_line
 from bonbon.files import write_json
 from bonbon.groups import shard_indices
 from bonbon.progress import Bar, progress_bar

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from bonbon.config import PoolConfig, RayEngineConfig
-from bonbon.errors import BonbonError
+from bonbon.errors import BonbonError, first_line
 
 _PATIENCE = 10.0  # seconds to reach a cluster's address
 _BEAT, _SILENCE = 2.0, 20.0  # seconds between looks whether the head is there, and until it is not
@@ -170,12 +170,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of Ray's says, in a line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # --- room -----------------------------------------------------------------------------------------
