@@ -26,17 +26,18 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding import Candidates, Cost, Generation, LocalSource, parse_strategy
 from bonbon.demo import PROMPTS, REWARD_MODEL, STORY_MODEL
 from bonbon.demo.sentiment import compound
 from bonbon.evaluation.best_of_k import best_of_k_means
-from bonbon.files import write_json
-from bonbon.models import load_policy
-from bonbon.progress import progress_bar
-from bonbon.prompts import EncodedPrompt, PromptRow, read_prompts
-from bonbon.reward import FunctionReward, Reward, RewardModel, score_groups
-from bonbon.sampling import TransformersSampler
+from bonbon.groups.prompts import EncodedPrompt, PromptRow, read_prompts
+from bonbon.models.loading import load_policy
+from bonbon.rewards.model import RewardModel
+from bonbon.rewards.reward import FunctionReward, Reward, score_groups
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.system.atomic_files import write_json
+from bonbon.system.progress import progress_bar
 
 Floats = NDArray[np.float64]
 

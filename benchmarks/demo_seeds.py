@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bonbon import pipeline
 from bonbon.demo import demo_config
-from bonbon.run_folder import RunFolder
+from bonbon.runs.run_folder import RunFolder
+from bonbon.stages import run as run_stage
 
 FIGURES = ("win_rate", "kl", "recovered", "kl_efficiency")
 
@@ -24,7 +24,7 @@ def measured(out: Path, seed: int) -> dict[str, Any]:
     results = folder.evaluation / "evaluation.json"
     if not results.exists():
         with folder.locked():
-            pipeline.run(folder)
+            run_stage.run(folder)
     models: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))["models"]
     for figures in models.values():
         figures["gold"] = figures["win_rate_by"]["gold"]

@@ -30,18 +30,21 @@ import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.demo import PROMPTS, REWARD_MODEL, STORY_MODEL
 from bonbon.evaluation import best_of_n_win_rate, completion_kls, kl_efficiency, win_rate
-from bonbon.files import write_json, write_text
-from bonbon.groups import Group, read_groups, write_shard
-from bonbon.models import load_policy
-from bonbon.objectives import OBJECTIVES
-from bonbon.prompts import PromptRow, read_prompts
-from bonbon.reward import FunctionReward, Reward, RewardModel, score_groups
-from bonbon.sampling import TransformersSampler
-from bonbon.tilt import BestOfN, optimal_kl
-from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import PromptRow, read_prompts
+from bonbon.groups.shards import read_groups, write_shard
+from bonbon.models.loading import load_policy
+from bonbon.objectives.catalogue import OBJECTIVES
+from bonbon.rewards.model import RewardModel
+from bonbon.rewards.reward import FunctionReward, Reward, score_groups
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.system.atomic_files import write_json, write_text
+from bonbon.tilt.best_of_n import BestOfN
+from bonbon.tilt.exponential import optimal_kl
+from bonbon.training.trainer import BoNBoNConfig, BoNBoNTrainer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DRAWN = 8  # m, completions a group
@@ -548,7 +551,7 @@ def table(curves: Sequence[Curve], best_win_rate: float) -> list[str]:
 
 def plot(curves: Sequence[Curve], n: int, path: Path) -> None:
     """Win rate against KL, a line a method through its points averaged over seeds."""
-    from bonbon.plots import plot_curves
+    from bonbon.report.paper_plots import plot_curves
 
     lines = {}
     for curve in curves:

@@ -29,16 +29,19 @@ from typing import Any
 
 import numpy as np
 
-from bonbon.config import RunConfig, SamplingConfig
+from bonbon.config.run import RunConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.demo import REWARD_MODEL, STORY_MODEL
-from bonbon.group_batches import GroupBatches, PartsDataset
-from bonbon.groups import Group, open_groups
-from bonbon.prompts import EncodedPrompt, PromptRow, iter_prompts
-from bonbon.sampling import iter_encoded
-from bonbon.selection import best_and_worst
-from bonbon.stages import ShardWork, drawing, named_tokenizer, scoring, work_through, write_prompts
-from bonbon.trainer import GroupCollator
-from bonbon.training_data import selected
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt, PromptRow, iter_prompts
+from bonbon.groups.shards import open_groups
+from bonbon.objectives.selection import best_and_worst
+from bonbon.runs.shard_work import ShardWork, work_through, write_prompts
+from bonbon.runs.work import drawing, scoring
+from bonbon.sampling.encoding import iter_encoded
+from bonbon.sampling.from_config import named_tokenizer
+from bonbon.training.batches import GroupBatches, GroupCollator, PartsDataset
+from bonbon.training.dataset import selected
 
 BATCH, BATCH_TOKENS = 64, 4096
 SIZES = (10_000, 100_000, 1_000_000)

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from bonbon.demo import PROMPTS
-from bonbon.groups import Group, shard_path, write_shard
+from bonbon.groups.group import Group
+from bonbon.groups.shards import shard_path, write_shard
 from bonbon.report import write_report
 
 N, K = 8, 8

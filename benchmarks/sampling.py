@@ -127,7 +127,7 @@ def machine_peaks(device: str, dtype: Any) -> tuple[float, float]:
     """FLOP/s of a large matrix product, by the better of two libraries, and bytes/s of reading."""
     import torch
 
-    from bonbon.linear import fast_linear
+    from bonbon.models.fast_linear import fast_linear
 
     size = 2048 if device == "cpu" else 8192
     layer = torch.nn.Linear(size, size, bias=False, device=device, dtype=dtype)
@@ -173,16 +173,16 @@ class Ours:
         self.model, self.tokenizer = model, tokenizer
 
     def batches(self, cell: Cell) -> list[int]:
-        from bonbon.config import SamplingConfig
+        from bonbon.config.sampling import SamplingConfig
 
         whole = cell.rows * (cell.prompt + cell.completion)
         default = SamplingConfig().max_batch_tokens
         return [whole] if whole <= default else [default, whole]
 
     def draw(self, cell: Cell, prompts: Prompts, batch: int) -> int:
-        from bonbon.config import SamplingConfig
-        from bonbon.prompts import EncodedPrompt
-        from bonbon.sampling import TransformersSampler
+        from bonbon.config.sampling import SamplingConfig
+        from bonbon.groups.prompts import EncodedPrompt
+        from bonbon.sampling.transformers import TransformersSampler
 
         config = SamplingConfig(n=cell.n, max_new_tokens=cell.completion, max_batch_tokens=batch)
         sampler = TransformersSampler(self.model, self.tokenizer, config)
@@ -380,7 +380,7 @@ def conditions(args: argparse.Namespace) -> str:
 
 def write_section(document: Path, script: str, lines: Sequence[str]) -> None:
     """Put `lines` between the script's markers in the document."""
-    from bonbon.files import write_text
+    from bonbon.system.atomic_files import write_text
 
     begin, end = BEGIN.format(name=script), END.format(name=script)
     text = document.read_text(encoding="utf-8") if document.exists() else f"{begin}\n{end}\n"

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from transformers import LlamaForSequenceClassification
 
 from bonbon.demo import REWARD_MODEL
-from bonbon.reward import RewardModel
+from bonbon.rewards.model import RewardModel
 from sampling import conditions, llama_config, word_tokenizer, write_section
 
 GROUPS = {"demo": 64, "100m": 16}

@@ -25,16 +25,15 @@ import torch
 from numpy.typing import NDArray
 
 from bonbon import tilt as tilts
-from bonbon.groups import Group
-from bonbon.objectives import (
-    OBJECTIVES,
-    GroupLogps,
-    ObjectiveSettings,
-    bon_target,
-    log_density_targets,
-)
-from bonbon.selection import Select
-from bonbon.tilt import TILTS, BestOfN, Tilt, rank_targets, rank_weights
+from bonbon.groups.group import Group
+from bonbon.objectives.catalogue import OBJECTIVES, GroupLogps, ObjectiveSettings
+from bonbon.objectives.pairs import bon_target
+from bonbon.objectives.ranks import log_density_targets
+from bonbon.objectives.selection import Select
+from bonbon.tilt.base import Tilt
+from bonbon.tilt.best_of_n import BestOfN
+from bonbon.tilt.catalogue import TILTS
+from bonbon.tilt.ranks import rank_targets, rank_weights
 
 Floats = NDArray[np.float64]
 Tensor = torch.Tensor
@@ -681,7 +680,7 @@ def section_a() -> Iterable[str]:
     yield f"""## A. With unlimited data
 Minimisers over groups of m base draws for continuous rewards ({len(continuum().base)} equally
 likely outcomes; win rates within 0.001). *Plain* targets are E[ln f(U_(i))], the calibrated ones
-those of `bonbon.tilt.rank_targets`. A pointwise regression holds a normalised policy to its
+those of `bonbon.tilt.ranks.rank_targets`. A pointwise regression holds a normalised policy to its
 targets: the mass that plain targets leave over goes where it costs least, and *rescaled* shares it
 out in proportion instead. Centring multiplies plain targets by m/(m−1)."""
     header = ["n", "m", "best-of-n", "ipo_bon", "weighted_sft", "plain, pointwise"]

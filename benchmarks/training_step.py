@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from bonbon.groups import Group
+from bonbon.groups.group import Group
 
 SIDES = {
     "bonbon": "BoNBoNTrainer",
@@ -165,7 +165,7 @@ def settings(folder: str, batch: int) -> dict[str, Any]:
 
 
 def our_trainer(model: Any, groups: list[Group], folder: str, args: argparse.Namespace) -> Any:
-    from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+    from bonbon.training.trainer import BoNBoNConfig, BoNBoNTrainer
 
     objective = "bonbon" if args.completions == 2 else "bonbon_ranks"
     share_prompt = False if args.side == "bonbon_padded" else None

@@ -26,7 +26,7 @@ def draw_shard(args: argparse.Namespace, shard: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
-    from bonbon.cache import block_growing_cache
+    from bonbon.models.growing_cache import block_growing_cache
 
     class TemperatureByPosition(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

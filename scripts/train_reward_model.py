@@ -22,16 +22,17 @@ import torch.nn.functional as F
 from transformers import LlamaForSequenceClassification
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.batching import pad
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.demo.sentiment import compound
-from bonbon.groups import Group
-from bonbon.models import load_policy
-from bonbon.progress import progress_bar
-from bonbon.prompts import PromptRow
-from bonbon.reward import RewardModel, score_groups
-from bonbon.rows import completion_text
-from bonbon.sampling import TransformersSampler
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import PromptRow
+from bonbon.models.loading import load_policy
+from bonbon.models.padding import pad
+from bonbon.rewards.model import RewardModel
+from bonbon.rewards.reward import score_groups
+from bonbon.sampling.completion_text import completion_text
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.system.progress import progress_bar
 from train_story_model import build_optimizer, read_stories
 
 CARD = """---

@@ -31,8 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bonbon.batching import pad
-from bonbon.models import load_policy
+from bonbon.models.loading import load_policy
+from bonbon.models.padding import pad
 
 COMMON = 20
 BEGIN, END, PAD = "<s>", "</s>", "<pad>"

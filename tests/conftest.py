@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from bonbon.groups import Group, Groups, Prompt
+from bonbon.groups.group import Group, Groups, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

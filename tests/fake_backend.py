@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import openai
 
-from bonbon.decoding.strategy import Cost, Generation
-from bonbon.groups import Group
+from bonbon.decoding.strategy import Generation
+from bonbon.groups.group import Group
+from bonbon.sampling.cost import Cost
 from bonbon.serve.app import create_service
 from bonbon.serve.backend import Answer, Choice, Job, TokenLogprob
 from bonbon.serve.config import ServeConfig

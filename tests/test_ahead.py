@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonbon.ahead import in_turn
+from bonbon.system.prefetch import in_turn
 
 
 @settings(deadline=None, max_examples=60)

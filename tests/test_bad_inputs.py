@@ -15,10 +15,10 @@ import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
-from bonbon.cli import app
-from bonbon.config import load_config
-from bonbon.groups import read_groups
-from bonbon.run_folder import RunFolder
+from bonbon.cli.main import app
+from bonbon.config.run import load_config
+from bonbon.groups.shards import read_groups
+from bonbon.runs.run_folder import RunFolder
 from conftest import CONTEXT, EOS, build_tiny_model, build_tiny_reward_model
 
 PROMPTS = ["Once", "Hi", "A cat", "The sun", "Tell me", "Why"]

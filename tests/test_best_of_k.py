@@ -19,7 +19,8 @@ from bonbon.evaluation import (
     best_of_n_win_rate,
 )
 from bonbon.evaluation.best_of_k import expected_normal_maximum
-from bonbon.tilt import BestOfN, best_of_n_pmf, win_rate_pmf
+from bonbon.tilt.best_of_n import BestOfN
+from bonbon.tilt.discrete import best_of_n_pmf, win_rate_pmf
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 

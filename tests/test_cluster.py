@@ -23,16 +23,20 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from bonbon import pipeline
-from bonbon.cli import app
+from bonbon.cli.main import app
 from bonbon.cluster import session, workers
 from bonbon.cluster.attempts import DeadLetters, Ledger, Try
 from bonbon.cluster.workers import HOPELESS, Job, Workshop
-from bonbon.config import PoolConfig, RayEngineConfig, parse_config
-from bonbon.errors import BonbonError, UnavailableError
-from bonbon.groups import Group, Groups, read_groups, shard_path, write_shard
-from bonbon.run_folder import RunFolder
-from bonbon.stages import ShardWork
+from bonbon.config.engine import PoolConfig, RayEngineConfig
+from bonbon.config.run import parse_config
+from bonbon.groups.group import Group, Groups
+from bonbon.groups.shards import read_groups, shard_path, write_shard
+from bonbon.runs.run_folder import RunFolder
+from bonbon.runs.shard_work import ShardWork
+from bonbon.stages import run as run_stage
+from bonbon.stages import sample as sample_stage
+from bonbon.stages import score as score_stage
+from bonbon.system.errors import BonbonError, UnavailableError
 from conftest import MakeGroup, assert_same_groups
 
 DEADLINE = 300.0
@@ -363,7 +367,7 @@ class Stage:
 )
 def test_samplers_wait_for_scorers_that_are_there(scorers: Stage, goes_on: bool) -> None:
     pytest.importorskip("ray", reason="Ray is not installed")
-    from bonbon.cluster.waiting import FewWait
+    from bonbon.cluster.backpressure import FewWait
 
     samplers = Stage(output_dependencies=[scorers])
     topology = {id(scorers): scorers}
@@ -480,7 +484,7 @@ def test_a_dead_node_and_a_dead_actor_lose_and_double_nothing(
     nodes: Any, folder_of: MakeFolder, here: Path
 ) -> None:
     local = folder_of("local", PROMPTS, "slow")
-    pipeline.sample_and_score(local)
+    run_stage.sample_and_score(local)
     for path in (here / "notes").iterdir():
         path.unlink()
 
@@ -499,7 +503,7 @@ def test_a_dead_node_and_a_dead_actor_lose_and_double_nothing(
     disturber = threading.Thread(target=disturb)
     disturber.start()
     spread = folder_of("spread", PROMPTS, "slow", engine=engine(nodes, 1, 2))
-    pipeline.sample_and_score(spread)
+    run_stage.sample_and_score(spread)
     disturber.join()
     assert killed
     assert_same_groups(read_groups(spread.groups), read_groups(local.groups))
@@ -516,13 +520,13 @@ def test_poison_is_set_aside_and_the_run_goes_on(
 ) -> None:
     prompts = [f"number {i}" for i in range(16)]
     clean = folder_of("clean", prompts, "choosy")
-    pipeline.sample_and_score(clean)
+    run_stage.sample_and_score(clean)
     poisoned = [
         "please kill" if i == 6 else "raise it" if i == 9 else p for i, p in enumerate(prompts)
     ]
     folder = folder_of("poisoned", poisoned, "choosy", engine=engine(nodes))
-    pipeline.sample(folder_of("poisoned", poisoned, "choosy"))
-    pipeline.score(folder)
+    sample_stage.sample(folder_of("poisoned", poisoned, "choosy"))
+    score_stage.score(folder)
     rows = [
         json.loads(line) for line in (folder.path / "dead_letters.jsonl").read_text().splitlines()
     ]
@@ -539,15 +543,15 @@ def test_poison_is_set_aside_and_the_run_goes_on(
     others = [g for g in read_groups(clean.groups) if g.prompt_id not in by_id]
     assert_same_groups(read_groups(folder.groups), Groups(others))
     assert len(read_groups(folder.samples)) == 16
-    pipeline.sample_and_score(folder)  # all is done
+    run_stage.sample_and_score(folder)  # all is done
     assert "2 prompts were set aside; see" in capsys.readouterr().err
 
 
 def test_a_killed_command_goes_on(nodes: Any, folder_of: MakeFolder, here: Path) -> None:
     local = folder_of("local", PROMPTS, "slow")
-    pipeline.sample_and_score(local)
+    run_stage.sample_and_score(local)
     folder = folder_of("killed", PROMPTS, "slow", engine="ray")
-    pipeline.sample(folder_of("killed", PROMPTS, "slow"))
+    sample_stage.sample(folder_of("killed", PROMPTS, "slow"))
     (here / "run.yaml").write_text(json.dumps(folder.config.model_dump(mode="json")))
     arguments = ["score", "run.yaml", "--out", "killed"]
     with (here / "output").open("w") as output:
@@ -575,11 +579,11 @@ def test_a_killed_command_goes_on(nodes: Any, folder_of: MakeFolder, here: Path)
 def test_what_a_worker_raises_is_one_sentence(nodes: Any, folder_of: MakeFolder) -> None:
     folder = folder_of("model", PROMPTS[:4], "slow", engine=engine(nodes))
     with folder.locked():
-        assert pipeline._begin_sampling(folder)
+        assert sample_stage.begin_sampling(folder)
     broken = folder.config.model_copy(
         update={"model": folder.config.model.model_copy(update={"name": "no/such-model"})}
     )
-    from bonbon.cluster.pipeline import work_on_cluster
+    from bonbon.cluster.data_pipeline import work_on_cluster
 
     with pytest.raises(BonbonError, match="no/such-model") as caught:
         work_on_cluster(RunFolder(folder.path, broken), ["sample"], broken.engine)  # type: ignore[arg-type]
@@ -672,7 +676,7 @@ def test_an_address_on_the_command_line(
     values |= {"engine": engine} if engine else {}
     (here / "run.yaml").write_text(json.dumps(values))
     asked: list[Any] = []
-    monkeypatch.setattr(pipeline, "sample", lambda folder: asked.append(folder.config.engine))
+    monkeypatch.setattr(sample_stage, "sample", lambda folder: asked.append(folder.config.engine))
     more = ["--set", "engine.samplers.max=3", "--ray-address", "somewhere:1"]
     said = CliRunner().invoke(app, ["sample", "run.yaml", "--out", "out", *more])
     assert said.exit_code == 0, said.output
@@ -686,7 +690,7 @@ def test_an_address_without_a_cluster_is_an_error_at_once(folder_of: MakeFolder)
     folder = folder_of("out", PROMPTS[:4], "slow", engine={"name": "ray", "address": "127.0.0.1:1"})
     began = time.monotonic()
     with pytest.raises(BonbonError, match=r"no Ray cluster answers at 127\.0\.0\.1:1: .*refused"):
-        pipeline.sample(folder)
+        sample_stage.sample(folder)
     assert time.monotonic() - began < 10
 
 
@@ -696,7 +700,7 @@ def test_without_ray_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "ray", None)
     folder = folder_of("out", PROMPTS[:4], "slow", engine={"name": "ray"})
     with pytest.raises(BonbonError, match=r"pip install 'bonbon-align\[ray\]'"):
-        pipeline.sample(folder)
+        sample_stage.sample(folder)
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path, shop: Shop) -> None:

@@ -18,21 +18,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from bonbon.cli import app
-from bonbon.cluster_plan import (
+from bonbon.cli.main import app
+from bonbon.config.run import load_config
+from bonbon.groups.shards import write_shard
+from bonbon.planning.cluster import (
     ClusterConfig,
     ClusterPlan,
-    estimates,
     load_cluster,
     plan_cluster,
     plan_from_files,
 )
-from bonbon.cluster_plan.estimates import Accelerator, ModelShape
-from bonbon.cluster_plan.line import Failures, Pool, closed_form_seconds, simulate, stage_seconds
-from bonbon.cluster_plan.settings import LengthsConfig
-from bonbon.cluster_plan.shown import plan_sentences, shown_value
-from bonbon.cluster_plan.splits import MOST_SPLITS, placements
-from bonbon.cluster_plan.work import (
+from bonbon.planning.cluster import on_paper as estimates
+from bonbon.planning.cluster.config import LengthsConfig
+from bonbon.planning.cluster.on_paper import Accelerator, ModelShape
+from bonbon.planning.cluster.simulation import (
+    Failures,
+    Pool,
+    closed_form_seconds,
+    simulate,
+    stage_seconds,
+)
+from bonbon.planning.cluster.splits import MOST_SPLITS, placements
+from bonbon.planning.cluster.tables import plan_sentences, shown_value
+from bonbon.planning.cluster.workload import (
     Draw,
     Work,
     decode_steps,
@@ -40,9 +48,7 @@ from bonbon.cluster_plan.work import (
     shard_work,
     stated_lengths,
 )
-from bonbon.config import load_config
-from bonbon.errors import BonbonError
-from bonbon.groups import write_shard
+from bonbon.system.errors import BonbonError
 from conftest import REPO, group_of
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -711,7 +717,7 @@ def test_what_the_command_lacks(cluster: Path, pilot: Path) -> None:
 
 
 def test_no_torch_is_loaded() -> None:
-    code = "import bonbon.cluster_plan.shown, sys; assert 'torch' not in sys.modules"
+    code = "import bonbon.planning.cluster.tables, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -14,18 +14,20 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from bonbon import pipeline
-from bonbon.cli import app
-from bonbon.compare import PolicySpec, _model, compare, comparison_config, parse_policy
-from bonbon.config import RunConfig, parse_config
-from bonbon.errors import BonbonError
-from bonbon.evaluation import best_of_k_weights, stage
-from bonbon.groups import read_groups
-from bonbon.judge import Comparison
+from bonbon.cli.main import app
+from bonbon.config.run import RunConfig, parse_config
+from bonbon.evaluation import best_of_k_weights
+from bonbon.evaluation.judge import Comparison
+from bonbon.groups.shards import read_groups
 from bonbon.report import write_report
-from bonbon.run_folder import RunFolder
-from bonbon.sampling import TransformersSampler
-from bonbon.tilt import BestOfN
+from bonbon.runs.run_folder import RunFolder
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.stages import evaluate as evaluate_stage
+from bonbon.stages import run as run_stage
+from bonbon.stages import sample as sample_stage
+from bonbon.stages.compare import PolicySpec, _model, compare, comparison_config, parse_policy
+from bonbon.system.errors import BonbonError
+from bonbon.tilt.best_of_n import BestOfN
 from conftest import build_tiny_model
 from test_report import check_main_table
 
@@ -85,7 +87,7 @@ def settings(tiny_model: Path, **evaluation: Any) -> RunConfig:
 def run(workplace: Path, tiny_model: Path) -> RunFolder:
     folder = RunFolder(Path("run"), settings(tiny_model))
     with folder.locked():
-        pipeline.run(folder)
+        run_stage.run(folder)
     return folder
 
 
@@ -140,7 +142,7 @@ def test_a_new_metric_needs_no_new_sampling(
     rewards_to_compare.calls.clear()
     function = "rewards_to_compare:upper"
     with_metric = RunFolder(run.path, settings(tiny_model, metrics={"upper": function}))
-    pipeline.evaluate(with_metric)
+    evaluate_stage.evaluate(with_metric)
     # The new metric alone was computed: of k + n draws of the base, and k of each model.
     assert sum(rewards_to_compare.calls) == PROMPTS * (K + N + 2 * K)
     found = figures(run.path)
@@ -153,12 +155,12 @@ def test_a_new_metric_needs_no_new_sampling(
     assert "upper" in (run.path / "config.yaml").read_text()
     # As a further reward it is computed again, since it may mean something else by now.
     as_reward = {"upper": {"function": function}}
-    pipeline.evaluate(RunFolder(run.path, settings(tiny_model, rewards=as_reward)))
+    evaluate_stage.evaluate(RunFolder(run.path, settings(tiny_model, rewards=as_reward)))
     found = figures(run.path)
     assert set(found["models"]["rank_regression"]["win_rate_by"]) == {"upper"}
     assert "upper" not in found["metrics"]
     assert drawn(run.path) == before
-    pipeline.evaluate(run)
+    evaluate_stage.evaluate(run)
     assert {**figures(run.path), "cost": None} == {**plain, "cost": None}
 
 
@@ -166,21 +168,21 @@ def test_a_metric_that_fails_loses_nothing(run: RunFolder, tiny_model: Path) -> 
     broken = settings(tiny_model, metrics={"broken": "rewards_to_compare:broken"})
     before = figures(run.path)
     with pytest.raises(BonbonError, match="is nan; a reward must be finite"):
-        pipeline.evaluate(RunFolder(run.path, broken))
+        evaluate_stage.evaluate(RunFolder(run.path, broken))
     assert figures(run.path) == before
-    pipeline.evaluate(run)
+    evaluate_stage.evaluate(run)
     assert {**figures(run.path), "cost": None} == {**before, "cost": None}
 
 
 def test_other_draws_are_refused(run: RunFolder, tiny_model: Path) -> None:
     with pytest.raises(BonbonError, match=r"evaluation\.k was 4 and is now 5"):
-        pipeline.evaluate(RunFolder(run.path, settings(tiny_model, k=5)))
+        evaluate_stage.evaluate(RunFolder(run.path, settings(tiny_model, k=5)))
 
 
 def test_human_text_shows_what_was_forgotten(run: RunFolder, tiny_model: Path) -> None:
     Path("people.txt").write_text("We walked to the shop.\nIt rained all day.\n" * 3)
     config = settings(tiny_model, human_text={"path": "people.txt"})
-    pipeline.evaluate(RunFolder(run.path, config))
+    evaluate_stage.evaluate(RunFolder(run.path, config))
     models = figures(run.path)["models"]
     assert models["base"]["human_text"]["forgetting"]["value"] == 0
     text = models["rank_regression"]["human_text"]
@@ -189,7 +191,7 @@ def test_human_text_shows_what_was_forgotten(run: RunFolder, tiny_model: Path) -
     assert text["forgetting"]["value"] == pytest.approx(change)
     assert change != 0
     assert models[f"best-of-{N}"]["human_text"] is None
-    pipeline.evaluate(run)
+    evaluate_stage.evaluate(run)
 
 
 def test_a_judge_s_win_rate(
@@ -204,9 +206,9 @@ def test_a_judge_s_win_rate(
         first = [float("nan")] if len(asked) == 2 else []
         return (first + [0.75] * len(comparisons))[: len(comparisons)]
 
-    monkeypatch.setattr(stage, "judge_comparisons", judge)
+    monkeypatch.setattr(evaluate_stage, "judge_comparisons", judge)
     config = settings(tiny_model, judge={"model": "org/judge-1", "pairs": 2})
-    pipeline.evaluate(RunFolder(run.path, config))
+    evaluate_stage.evaluate(RunFolder(run.path, config))
     models = figures(run.path)["models"]
     best, adapter = models[f"best-of-{N}"]["judge"], models["adapter"]["judge"]
     assert best == {
@@ -224,7 +226,7 @@ def test_a_judge_s_win_rate(
         assert [it.theirs for it in pair] == list(group.completions[:2])
     ours = read_groups(run.evaluation / "adapter")
     assert [it.ours for it in asked["1"]] == [text for g in ours for text in g.completions[:2]]
-    pipeline.evaluate(run)
+    evaluate_stage.evaluate(run)
     assert figures(run.path)["models"]["adapter"]["judge"] is None
 
 
@@ -298,9 +300,9 @@ def test_an_edited_reward_is_computed_again(
         )
         sys.modules.pop("edited_reward", None)
         importlib.invalidate_caches()
-        pipeline.evaluate(RunFolder(run.path, config))
+        evaluate_stage.evaluate(RunFolder(run.path, config))
         assert figures(run.path)["models"]["base"]["metrics"]["edited"]["value"] == value
-    pipeline.evaluate(run)
+    evaluate_stage.evaluate(run)
 
 
 def test_prompts_too_long_for_one_policy_are_left_out_for_all(
@@ -354,7 +356,7 @@ def test_a_run_and_a_comparison_do_not_share_a_folder(run: RunFolder, tiny_model
         compared("run", run.config, ["base@best-of-2"])
     compared("kind", run.config, ["base@best-of-2"])
     with pytest.raises(BonbonError, match="holds a comparison; choose another --out"):
-        pipeline.sample(RunFolder(Path("kind"), settings(tiny_model)))
+        sample_stage.sample(RunFolder(Path("kind"), settings(tiny_model)))
 
 
 def test_prompts_that_a_run_was_trained_on_are_counted(run: RunFolder, tiny_model: Path) -> None:

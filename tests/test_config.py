@@ -11,22 +11,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bonbon.config import (
-    OWN_METRICS,
-    LocalEngineConfig,
-    ObjectiveName,
-    RayEngineConfig,
-    RunConfig,
-    TiltName,
-    TransformersSamplerConfig,
-    VllmSamplerConfig,
-    load_config,
-    parse_config,
-    round_config,
-)
-from bonbon.errors import BonbonError
+from bonbon.config.engine import LocalEngineConfig, RayEngineConfig
+from bonbon.config.evaluation import OWN_METRICS
+from bonbon.config.run import RunConfig, load_config, parse_config, round_config
+from bonbon.config.sampling import TransformersSamplerConfig, VllmSamplerConfig
+from bonbon.config.settings import flatten
+from bonbon.config.training import ObjectiveName, TiltName
 from bonbon.evaluation.drift import metrics_for
-from bonbon.settings import flatten
+from bonbon.system.errors import BonbonError
 
 MINIMAL: dict[str, Any] = {
     "model": {"name": "m"},
@@ -100,8 +92,8 @@ def test_top_k_and_top_p_truncate(top_k: int, top_p: float) -> None:
 
 
 def test_every_objective_and_tilt_can_be_named() -> None:
-    from bonbon.objectives import OBJECTIVES
-    from bonbon.tilt import TILTS
+    from bonbon.objectives.catalogue import OBJECTIVES
+    from bonbon.tilt.catalogue import TILTS
 
     assert list(get_args(ObjectiveName)) == list(OBJECTIVES)
     assert list(get_args(TiltName)) == list(TILTS)
@@ -113,7 +105,7 @@ def test_every_objective_and_tilt_can_be_named() -> None:
 
 def test_a_cut_distribution_is_for_what_does_not_compare_with_it() -> None:
     """The configuration's own list, since it loads no torch, against the objectives'."""
-    from bonbon.objectives import OBJECTIVES
+    from bonbon.objectives.catalogue import OBJECTIVES
 
     for name, objective in OBJECTIVES.items():
         if objective.compares:

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bonbon
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding import AdaptiveN, BestOfN
 from bonbon.decoding.adaptive import expected_gain
-from bonbon.decoding.strategy import Candidates, Cost
-from bonbon.errors import BonbonError
-from bonbon.groups import Group, Prompt
-from bonbon.prompts import EncodedPrompt
+from bonbon.groups.group import Group, Prompt
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.cost import Candidates, Cost
+from bonbon.system.errors import BonbonError
 from conftest import group_of
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)

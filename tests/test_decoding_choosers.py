@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.optimize import LinearConstraint, linprog, minimize
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
 from bonbon.decoding.catalogue import describe_strategy, parse_strategy
 from bonbon.decoding.distances import cosine_distances, distances, embed_texts
@@ -37,20 +37,16 @@ from bonbon.decoding.regularised import (
     srbon_kl,
     srbon_wd,
 )
-from bonbon.decoding.soft import (
-    BestOfPoisson,
-    SoftBestOfN,
-    poisson_count,
-    poisson_quantile,
-)
-from bonbon.decoding.strategy import Candidates, Cost, WholeDraws
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.importing import import_function
-from bonbon.prompts import EncodedPrompt
-from bonbon.streams import uniform_stream
-from bonbon.tilt import BestOfPoisson as PoissonTilt
-from bonbon.tilt import best_of_n_pmf, tilted_pmf
+from bonbon.decoding.soft import BestOfPoisson, SoftBestOfN, poisson_count, poisson_quantile
+from bonbon.decoding.strategy import WholeDraws
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.cost import Candidates, Cost
+from bonbon.sampling.random_streams import uniform_stream
+from bonbon.system.errors import BonbonError
+from bonbon.system.user_functions import import_function
+from bonbon.tilt.best_of_poisson import BestOfPoisson as PoissonTilt
+from bonbon.tilt.discrete import best_of_n_pmf, tilted_pmf
 from conftest import build_tiny_model, group_of
 
 Floats = NDArray[np.float64]

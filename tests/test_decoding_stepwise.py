@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import LlamaForCausalLM
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
 from bonbon.decoding.catalogue import describe_strategy, parse_strategy
 from bonbon.decoding.partial import token_log_ratios, weighted_implicit_reward
@@ -38,14 +38,15 @@ from bonbon.decoding.soft import SoftBestOfN
 from bonbon.decoding.source import LocalSource
 from bonbon.decoding.speculative_rejection import SpeculativeRejection, survivors
 from bonbon.decoding.stepwise import Stepwise
-from bonbon.decoding.strategy import Candidates, Cost, Floats, Generation, Strategy
+from bonbon.decoding.strategy import Floats, Generation, Strategy
 from bonbon.decoding.tree import TreeBoN, next_layer
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.models import load_policy
-from bonbon.prompts import EncodedPrompt
-from bonbon.rows import completion_text
-from bonbon.streams import uniform_stream
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.models.loading import load_policy
+from bonbon.sampling.completion_text import completion_text
+from bonbon.sampling.cost import Candidates, Cost
+from bonbon.sampling.random_streams import uniform_stream
+from bonbon.system.errors import BonbonError
 from conftest import EOS, byte_tokenizer, tiny_llama_config
 
 # --- a language of three letters ------------------------------------------------------------------

@@ -15,19 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding import RewardWeightedVote, SelfConsistency, ShortestMajorityVote
 from bonbon.decoding.answers import boxed, final_line, gsm8k, last_number
-from bonbon.decoding.strategy import Candidates, Cost, Generation, WholeDraws
-from bonbon.decoding.voting import (
-    counts,
-    reward_weighted_scores,
-    shortest_majority_scores,
-    winner,
-)
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.prompts import EncodedPrompt
+from bonbon.decoding.strategy import Generation, WholeDraws
+from bonbon.decoding.voting import counts, reward_weighted_scores, shortest_majority_scores, winner
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.cost import Candidates, Cost
+from bonbon.system.errors import BonbonError
 from conftest import group_of
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.demo import PROMPTS, REWARD_MODEL, STORY_MODEL, demo_config, side_by_side
 from bonbon.demo.sentiment import compound
-from bonbon.groups import write_shard
-from bonbon.models import load_policy
-from bonbon.prompts import read_prompts
-from bonbon.reward import RewardModel
-from bonbon.run_folder import RunFolder
-from bonbon.sampling import TransformersSampler
+from bonbon.groups.prompts import read_prompts
+from bonbon.groups.shards import write_shard
+from bonbon.models.loading import load_policy
+from bonbon.rewards.model import RewardModel
+from bonbon.runs.run_folder import RunFolder
+from bonbon.sampling.transformers import TransformersSampler
 from conftest import group_of
 
 

@@ -11,20 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from bonbon.tilt import (
-    BestOfN,
-    ExponentialTilt,
-    Identity,
-    Tilt,
-    WorstOfN,
+from bonbon.tilt.base import Identity, Tilt
+from bonbon.tilt.best_of_n import BestOfN, WorstOfN
+from bonbon.tilt.discrete import (
     best_of_n_bounds,
     best_of_n_kl_estimate,
     best_of_n_pmf,
-    best_of_n_rank_weights,
     kl_pmf,
     tilted_pmf,
     win_rate_pmf,
 )
+from bonbon.tilt.exponential import ExponentialTilt
+from bonbon.tilt.ranks import best_of_n_rank_weights
 
 Floats = NDArray[np.float64]
 

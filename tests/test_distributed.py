@@ -27,15 +27,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 import told_by_machine
 import train_in_processes
-from bonbon import pipeline
-from bonbon.config import parse_config
-from bonbon.errors import BonbonError
-from bonbon.group_batches import GroupBatches, Part, Processes, deal
-from bonbon.groups import Groups, shard_path, write_shard
-from bonbon.models import load_policy
-from bonbon.reference_logps import FILE as REFERENCE_LOGPS
-from bonbon.run_folder import RunFolder
-from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+from bonbon.config.run import parse_config
+from bonbon.groups.group import Groups
+from bonbon.groups.shards import shard_path, write_shard
+from bonbon.models.loading import load_policy
+from bonbon.runs.run_folder import RunFolder
+from bonbon.stages import sample as sample_stage
+from bonbon.stages import score as score_stage
+from bonbon.stages import train as train_stage
+from bonbon.system.errors import BonbonError
+from bonbon.training.batches import GroupBatches, Part, Processes, deal
+from bonbon.training.reference_logprobs import FILE as REFERENCE_LOGPS
+from bonbon.training.trainer import BoNBoNConfig, BoNBoNTrainer
 from conftest import BOS, EOS, PAD, build_tiny_model, byte_tokenizer
 from test_trainer import random_group
 
@@ -414,8 +417,8 @@ def run_folder(config: Path, path: Path) -> RunFolder:
 def scored(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with scored groups."""
     folder = run_folder(config, tmp_path_factory.mktemp("scored") / "out")
-    pipeline.sample(folder)
-    pipeline.score(folder)
+    sample_stage.sample(folder)
+    score_stage.score(folder)
     return folder.path
 
 
@@ -427,7 +430,7 @@ def alone(config: Path, scored: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def train_alone(config: Path, source: Path, path: Path) -> Path:
     shutil.copytree(source, path)
-    pipeline.train(run_folder(config, path))
+    train_stage.train(run_folder(config, path))
     return path
 
 

@@ -11,20 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bonbon.evaluation.diversity import distinct, repetition, self_bleu, words
 from bonbon.evaluation.drift import (
     COMPLETION_METRICS,
     GROUP_METRICS,
-    distinct,
     drift_at_equal_win_rate,
     drift_from_base,
-    is_refusal,
     metrics_for,
-    repetition,
-    self_bleu,
-    words,
 )
 from bonbon.evaluation.figures import Figure
-from bonbon.tilt import ExponentialTilt, tilted_pmf, win_rate_pmf
+from bonbon.evaluation.refusals import is_refusal
+from bonbon.tilt.discrete import tilted_pmf, win_rate_pmf
+from bonbon.tilt.exponential import ExponentialTilt
 from conftest import MakeGroup
 
 Floats = NDArray[np.float64]

@@ -9,18 +9,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bonbon.evaluation import (
-    Draws,
-    Evaluator,
-    Figure,
-    best_of_n_win_rate,
-    bootstrap,
-    kl_efficiency,
-)
+from bonbon.evaluation import Draws, Evaluator, Figure, best_of_n_win_rate, bootstrap, kl_efficiency
 from bonbon.evaluation.evaluator import _recovered
-from bonbon.evaluation.stage import _equal_win_rate
-from bonbon.groups import Group
-from bonbon.tilt import BestOfN, best_of_n_pmf, kl_pmf, optimal_kl, win_rate_pmf
+from bonbon.groups.group import Group
+from bonbon.stages.evaluate import _equal_win_rate
+from bonbon.tilt.best_of_n import BestOfN
+from bonbon.tilt.discrete import best_of_n_pmf, kl_pmf, win_rate_pmf
+from bonbon.tilt.exponential import optimal_kl
 from test_best_of_k import enumerated_best_of_n
 
 Floats = NDArray[np.float64]

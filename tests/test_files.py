@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bonbon.errors import BonbonError
-from bonbon.files import (
+from bonbon.system.atomic_files import (
     atomic_path,
     beside,
     read_json,
@@ -16,6 +15,7 @@ from bonbon.files import (
     write_json,
     write_text,
 )
+from bonbon.system.errors import BonbonError
 
 
 def test_a_reader_of_the_old_file_goes_on_reading_it(tmp_path: Path) -> None:

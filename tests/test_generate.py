@@ -14,17 +14,17 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import bonbon
-from bonbon.cli import app
-from bonbon.config import SamplingConfig
+from bonbon.cli.console import printable
+from bonbon.cli.main import app
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding import BestOfN, Cost, Generation, Strategy, catalogue
 from bonbon.decoding.catalogue import STRATEGIES, describe_strategy, parse_strategy, strategy_class
-from bonbon.decoding.console import printable
-from bonbon.errors import BonbonError
-from bonbon.groups import read_groups, shard_paths, write_shard
-from bonbon.models import load_policy
-from bonbon.plan import sampling_speed_beside
-from bonbon.prompts import PromptRow
-from bonbon.sampling import TransformersSampler
+from bonbon.groups.prompts import PromptRow
+from bonbon.groups.shards import read_groups, shard_paths, write_shard
+from bonbon.models.loading import load_policy
+from bonbon.planning.which_n import sampling_speed_beside
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.system.errors import BonbonError
 from conftest import group_of
 
 PROMPTS = ["Once upon a time", "The cat", "A dog ran"]

@@ -14,18 +14,18 @@ from torch import nn
 from torch.nn.attention import flex_attention as flex
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from bonbon import logprobs
-from bonbon.batching import Tokens, pad_rows
-from bonbon.logprobs import (
+from bonbon.models import group_logprobs, logprobs
+from bonbon.models.forward import supports_cached_prompt
+from bonbon.models.group_logprobs import (
     GroupRows,
-    completion_log_probs,
     group_log_probs,
     group_rows,
-    supports_cached_prompt,
     supports_packed_rows,
     supports_shared_prompt,
 )
-from bonbon.objectives import bonbon
+from bonbon.models.logprobs import completion_log_probs
+from bonbon.models.padding import Tokens, pad_rows
+from bonbon.objectives.pairs import bonbon
 from conftest import tiny_llama_config
 
 Prompts = Sequence[Tokens]
@@ -232,7 +232,7 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", not_compiled)
-    monkeypatch.setattr(logprobs, "supports_packed_rows", lambda model: True)
+    monkeypatch.setattr(group_logprobs, "supports_packed_rows", lambda model: True)
 
 
 @pytest.mark.parametrize("m", [1, 3, 8])

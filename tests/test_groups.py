@@ -15,19 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonbon import groups as groups_module
-from bonbon.ahead import AHEAD
-from bonbon.errors import BonbonError
-from bonbon.files import write_text
-from bonbon.groups import (
-    Group,
-    Groups,
-    open_groups,
-    read_groups,
-    shard_path,
-    shard_paths,
-    write_shard,
-)
+from bonbon.groups import shards as groups_module
+from bonbon.groups.group import Group, Groups
+from bonbon.groups.shards import open_groups, read_groups, shard_path, shard_paths, write_shard
+from bonbon.system.atomic_files import write_text
+from bonbon.system.errors import BonbonError
+from bonbon.system.prefetch import AHEAD
 from conftest import MakeGroup
 
 PROVENANCE = {"model": "models/tiny", "revision": None, "sampling": {"n": 3, "top_p": 0.9}}

@@ -20,13 +20,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bonbon.harness
-from bonbon.batching import pad_rows
-from bonbon.config import LMEvalConfig
-from bonbon.errors import BonbonError
-from bonbon.harness import TaskResult, run_tasks, task_changes
-from bonbon.logprobs import completion_log_probs
-from bonbon.models import load_policy
+import bonbon.evaluation.lm_eval
+from bonbon.config.evaluation import LMEvalConfig
+from bonbon.evaluation.lm_eval import TaskResult, run_tasks, task_changes
+from bonbon.models.loading import load_policy
+from bonbon.models.logprobs import completion_log_probs
+from bonbon.models.padding import pad_rows
+from bonbon.system.errors import BonbonError
 from conftest import BOS, PAD
 
 Question = dict[str, Any]
@@ -376,7 +376,7 @@ def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
         return manager(**(options | {"include_defaults": False}))
 
     monkeypatch.setattr(tasks, "TaskManager", without_defaults)
-    monkeypatch.setattr(bonbon.harness, "_built_in_tasks", without_defaults)  # uncached
+    monkeypatch.setattr(bonbon.evaluation.lm_eval, "_built_in_tasks", without_defaults)  # uncached
 
 
 def test_without_the_harness(policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import bonbon.logprobs
-from bonbon.errors import BonbonError
+import bonbon.models.logprobs
 from bonbon.evaluation.human_text import (
     TextLosses,
     bits_per_byte,
@@ -24,7 +23,8 @@ from bonbon.evaluation.human_text import (
     perplexity,
     read_texts,
 )
-from bonbon.models import load_policy
+from bonbon.models.loading import load_policy
+from bonbon.system.errors import BonbonError
 from conftest import BOS, CONTEXT, byte_tokenizer
 
 # The tiny model's context is 64 tokens: a begin token and 63 bytes.
@@ -109,8 +109,8 @@ def test_chunked_logits(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a large vocabulary the logits are never all held; the losses are the same."""
     model, tokenizer = tiny
     plain = human_text_losses(model, tokenizer, TEXTS)
-    monkeypatch.setattr(bonbon.logprobs, "_LOGITS", 2_000)
-    monkeypatch.setattr(bonbon.logprobs, "_CPU_LOGITS", 2_000)
+    monkeypatch.setattr(bonbon.models.loading.logprobs, "_LOGITS", 2_000)
+    monkeypatch.setattr(bonbon.models.loading.logprobs, "_CPU_LOGITS", 2_000)
     np.testing.assert_allclose(human_text_losses(model, tokenizer, TEXTS).nats, plain.nats, 1e-5)
 
 

@@ -30,11 +30,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonbon.config import JudgeConfig
-from bonbon.endpoints import is_local
-from bonbon.errors import BonbonError
-from bonbon.groups import Prompt
-from bonbon.judge import (
+from bonbon.config.evaluation import JudgeConfig
+from bonbon.evaluation.judge import (
     Comparison,
     Judgement,
     client,
@@ -44,6 +41,9 @@ from bonbon.judge import (
     questions,
     read_judgements,
 )
+from bonbon.groups.group import Prompt
+from bonbon.remote.endpoints import is_local
+from bonbon.system.errors import BonbonError
 
 KEY = "sk-0123456789-secret"
 SHOWN = re.compile(
@@ -349,7 +349,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 from bonbon.config import JudgeConfig
-from bonbon.judge import Comparison, client, judge_comparisons
+from bonbon.evaluation.judge import Comparison, client, judge_comparisons
 
 client._GRACE = 0.5
 config, comparisons = json.loads(sys.argv[1])
@@ -1050,5 +1050,5 @@ def test_a_full_disk_is_one_sentence_and_loses_only_what_is_under_way(
 
 
 def test_no_torch() -> None:
-    check = "import sys, bonbon.judge; sys.exit('torch' in sys.modules)"
+    check = "import sys, bonbon.evaluation.judge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0

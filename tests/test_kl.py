@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.evaluation import completion_kls
 from bonbon.evaluation.kl import ESTIMATES, _step_kls
-from bonbon.groups import Group
-from bonbon.rows import warped_log_probs
+from bonbon.groups.group import Group
+from bonbon.sampling.distribution import warped_log_probs
 
 Floats = NDArray[np.float64]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from bonbon.config import SamplingConfig
-from bonbon.errors import BonbonError
-from bonbon.groups import Groups
-from bonbon.kl_budget import KLBudgetCallback, KLMeter, MeasuredKL, base_of
-from bonbon.models import load_policy
-from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+from bonbon.config.sampling import SamplingConfig
+from bonbon.groups.group import Groups
+from bonbon.models.loading import load_policy
+from bonbon.system.errors import BonbonError
+from bonbon.training.kl_budget import KLBudgetCallback, KLMeter, MeasuredKL, base_of
+from bonbon.training.trainer import BoNBoNConfig, BoNBoNTrainer
 from test_trainer import random_group
 
 BUDGET = 0.3
@@ -107,7 +107,7 @@ def test_an_adapter_s_base_shares_its_weights(tiny_model: Path) -> None:
 
 
 def test_the_meter_is_zero_for_the_base_and_keeps_the_mode(tiny_model: Path) -> None:
-    from bonbon.prompts import EncodedPrompt
+    from bonbon.groups.prompts import EncodedPrompt
 
     model, tokenizer = load_policy(str(tiny_model), dtype="float32", device="cpu")
     prompts = [EncodedPrompt(f"p{i}", "", (1, 10 + i)) for i in range(4)]

@@ -11,14 +11,15 @@ from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from transformers import PreTrainedModel
 
-from bonbon import logprobs, models
-from bonbon.batching import pad_rows
-from bonbon.config import SamplingConfig
-from bonbon.errors import BonbonError
+from bonbon.config.sampling import SamplingConfig
 from bonbon.evaluation import completion_kls, human_text
-from bonbon.logprobs import completion_log_probs
-from bonbon.models import load_policy
-from bonbon.sampling import TransformersSampler
+from bonbon.models import loading as models
+from bonbon.models import logprobs
+from bonbon.models.loading import load_policy
+from bonbon.models.logprobs import completion_log_probs
+from bonbon.models.padding import pad_rows
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.system.errors import BonbonError
 from conftest import build_tiny_model
 from test_trainer import random_group
 

@@ -22,31 +22,30 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import special
 
-from bonbon.batching import pad_rows
-from bonbon.logprobs import completion_log_probs
-from bonbon.objectives import (
-    OBJECTIVES,
+from bonbon.models.logprobs import completion_log_probs
+from bonbon.models.padding import pad_rows
+from bonbon.objectives.catalogue import OBJECTIVES, GroupLogps, ObjectiveSettings, group_metrics
+from bonbon.objectives.pairs import (
     PAPER_ALPHA,
-    GroupLogps,
-    ObjectiveSettings,
     bon_beta,
     bonbon,
     bonbon_dpo,
-    bonbon_ranks,
     dpo,
-    group_metrics,
     ipo,
     ipo_bon,
+    sft_bon,
+)
+from bonbon.objectives.ranks import (
+    bonbon_ranks,
     log_density_targets,
     pairwise_regression,
     rank_regression,
     rank_regression_huber,
     rank_regression_pointwise,
-    sft_bon,
     tie_weights,
     weighted_sft,
 )
-from bonbon.selection import (
+from bonbon.objectives.selection import (
     Select,
     all_completions,
     best,
@@ -54,15 +53,11 @@ from bonbon.selection import (
     best_and_worst,
     random_pair,
 )
-from bonbon.tilt import (
-    BestOfN,
-    ExponentialTilt,
-    Tilt,
-    WorstOfN,
-    best_of_n_pmf,
-    rank_targets,
-    rank_weights,
-)
+from bonbon.tilt.base import Tilt
+from bonbon.tilt.best_of_n import BestOfN, WorstOfN
+from bonbon.tilt.discrete import best_of_n_pmf
+from bonbon.tilt.exponential import ExponentialTilt
+from bonbon.tilt.ranks import rank_targets, rank_weights
 
 quick = settings(deadline=None, max_examples=50, derandomize=True)
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bonbon import pipeline
-from bonbon.config import parse_config
-from bonbon.errors import BonbonError
-from bonbon.groups import read_groups
-from bonbon.prompts import read_prompts
-from bonbon.run_folder import RunFolder
-from bonbon.tilt import BestOfN
+from bonbon.config.run import parse_config
+from bonbon.groups.prompts import read_prompts
+from bonbon.groups.shards import read_groups
+from bonbon.runs.run_folder import RunFolder
+from bonbon.stages import evaluate as evaluate_stage
+from bonbon.stages import run as run_stage
+from bonbon.stages import train as train_stage
+from bonbon.system.errors import BonbonError
+from bonbon.tilt.best_of_n import BestOfN
 
 pytest.importorskip("vaderSentiment")
 
@@ -42,7 +44,7 @@ def folder(shared: Path, stories260k: Path, tmp_path_factory: pytest.TempPathFac
     )
     run_folder = RunFolder(tmp_path_factory.mktemp("run") / "out", config)
     with run_folder.locked():
-        pipeline.run(run_folder)
+        run_stage.run(run_folder)
     return run_folder
 
 
@@ -113,7 +115,7 @@ def test_the_same_command_again_makes_nothing_again(folder: RunFolder) -> None:
 
     before, first = made(), figures(folder)
     with folder.locked():
-        pipeline.run(folder)
+        run_stage.run(folder)
     assert made() == before
     assert figures(folder) == first
 
@@ -122,7 +124,7 @@ def test_a_model_is_not_taken_for_one_of_another_objective(folder: RunFolder) ->
     values = folder.config.model_dump(mode="json")
     values["train"]["objective"] = "dpo"
     other = RunFolder(folder.path, parse_config(values))
-    for stage in (pipeline.train, pipeline.evaluate):
+    for stage in (train_stage.train, evaluate_stage.evaluate):
         with pytest.raises(BonbonError, match=r"train\.objective was 'bonbon' and is now 'dpo'"):
             stage(other)
     assert "objective: bonbon" in (folder.path / "config.yaml").read_text()
@@ -132,4 +134,4 @@ def test_an_evaluation_refuses_models_trained_otherwise(folder: RunFolder) -> No
     values = folder.config.model_dump(mode="json")
     values["baselines"]["adapter"]["learning_rate"] = 5.0
     with pytest.raises(BonbonError, match=r"train\.learning_rate was 0\.001 and is now 5\.0"):
-        pipeline.evaluate(RunFolder(folder.path, parse_config(values)))
+        evaluate_stage.evaluate(RunFolder(folder.path, parse_config(values)))

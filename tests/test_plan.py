@@ -17,11 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bonbon.errors import BonbonError
-from bonbon.groups import Group, Groups
-from bonbon.plan import Plan, plan, plan_sentences, plan_table, sampling_speed, write_plan
-from bonbon.plots import plot_plan
-from bonbon.tilt import best_of_n_pmf, win_rate_pmf
+from bonbon.groups.group import Group, Groups
+from bonbon.planning.which_n import (
+    Plan,
+    plan,
+    plan_sentences,
+    plan_table,
+    sampling_speed,
+    write_plan,
+)
+from bonbon.report.paper_plots import plot_plan
+from bonbon.system.errors import BonbonError
+from bonbon.tilt.discrete import best_of_n_pmf, win_rate_pmf
 from conftest import group_of
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
@@ -300,5 +307,5 @@ def test_the_plot(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_loaded() -> None:
-    code = "import bonbon.plan, sys; assert 'torch' not in sys.modules"
+    code = "import bonbon.planning.which_n, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonbon.errors import BonbonError
-from bonbon.prompts import PromptRow, is_held_out, read_prompts
+from bonbon.groups.prompts import PromptRow, is_held_out, read_prompts
+from bonbon.system.errors import BonbonError
 
 CHAT = [{"role": "system", "content": ""}, {"role": "user", "content": "Hi, “du”"}]
 

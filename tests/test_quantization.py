@@ -11,13 +11,14 @@ import torch
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
-from bonbon import models, training
-from bonbon.config import parse_config
-from bonbon.errors import BonbonError
-from bonbon.groups import Groups
-from bonbon.models import load_policy
-from bonbon.run_folder import RunFolder
-from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+from bonbon.config.run import parse_config
+from bonbon.groups.group import Groups
+from bonbon.models import loading as models
+from bonbon.models.loading import load_policy
+from bonbon.runs.run_folder import RunFolder
+from bonbon.stages import train as training
+from bonbon.system.errors import BonbonError
+from bonbon.training.trainer import BoNBoNConfig, BoNBoNTrainer
 from conftest import byte_tokenizer, tiny_llama_config
 from test_trainer import random_group
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import bonbon
-from bonbon.config import parse_config
-from bonbon.frontier import frontier_rows
+from bonbon.config.run import parse_config
+from bonbon.tilt.frontier import frontier_rows
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

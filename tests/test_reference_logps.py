@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from bonbon.errors import BonbonError
-from bonbon.groups import Groups
-from bonbon.models import load_policy
-from bonbon.reference_logps import FILE, wants_recomputing
-from bonbon.trainer import BoNBoNTrainer
+from bonbon.groups.group import Groups
+from bonbon.models.loading import load_policy
+from bonbon.system.errors import BonbonError
+from bonbon.training.reference_logprobs import FILE, wants_recomputing
+from bonbon.training.trainer import BoNBoNTrainer
 from test_trainer import assert_same, one_by_one, random_group, trainer_of, weights
 
 N = 3

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bonbon.config import RewardServerConfig
-from bonbon.errors import BonbonError
+from bonbon.config.reward import RewardServerConfig
 from bonbon.remote import client as remote_client
-from bonbon.remote.reward import OpenAIReward
-from bonbon.reward import score_groups
+from bonbon.rewards.openai import OpenAIReward
+from bonbon.rewards.reward import score_groups
+from bonbon.system.errors import BonbonError
 from conftest import group_of
 from stub_upstream import FAULTS, StubUpstream, serving, some_faults
 

@@ -16,14 +16,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from bonbon.cluster import workers
-from bonbon.config import OpenAISamplerConfig, SamplingConfig
-from bonbon.errors import BonbonError, UnavailableError
-from bonbon.groups import Group
-from bonbon.prompts import EncodedPrompt, PromptRow
+from bonbon.config.sampling import OpenAISamplerConfig, SamplingConfig
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt, PromptRow
 from bonbon.remote import client as remote_client
-from bonbon.remote.sampler import OpenAISampler
-from bonbon.remote.server import RefusedRequestError
-from bonbon.sampling import TransformersSampler
+from bonbon.remote.blocking_client import RefusedRequestError
+from bonbon.sampling.openai import OpenAISampler
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.system.errors import BonbonError, UnavailableError
 from conftest import BOS, EOS, byte_tokenizer
 from stub_upstream import FAULTS, StubUpstream, serving, some_faults
 
@@ -578,7 +578,7 @@ def test_closing_leaves_no_thread() -> None:
 
 def test_it_is_a_sampler_like_the_local_one(tiny_model: Any) -> None:
     """The same prompt ids, and groups of the same form."""
-    from bonbon.models import load_policy
+    from bonbon.models.loading import load_policy
 
     model, tokenizer = load_policy(str(tiny_model), device="cpu")
     local = TransformersSampler(model, tokenizer, SamplingConfig(n=2, max_new_tokens=20))

@@ -16,16 +16,17 @@ import pytest
 import torch
 from scipy import stats
 
-from bonbon.config import OpenAISamplerConfig, RewardServerConfig, SamplingConfig
+from bonbon.config.reward import RewardServerConfig
+from bonbon.config.sampling import OpenAISamplerConfig, SamplingConfig
 from bonbon.demo import REWARD_MODEL, STORY_MODEL
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.logprobs import token_log_probs
-from bonbon.models import load_policy
-from bonbon.prompts import PromptRow
-from bonbon.remote.reward import OpenAIReward
-from bonbon.remote.sampler import OpenAISampler
-from bonbon.reward import RewardModel
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import PromptRow
+from bonbon.models.loading import load_policy
+from bonbon.models.logprobs import token_log_probs
+from bonbon.rewards.model import RewardModel
+from bonbon.rewards.openai import OpenAIReward
+from bonbon.sampling.openai import OpenAISampler
+from bonbon.system.errors import BonbonError
 from vllm_server import SERVER_SETTINGS, Server
 
 ROWS = [

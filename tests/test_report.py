@@ -20,17 +20,17 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure
-from bonbon.groups import Group, shard_path, write_shard
-from bonbon.report import browser, write_report
+from bonbon.groups.group import Group
+from bonbon.groups.shards import shard_path, write_shard
+from bonbon.report import browser, histograms, write_report
 from bonbon.report.browser import _column
 from bonbon.report.data import read_run
-from bonbon.report.histograms import histograms
 from bonbon.report.numbers import number, of_100, shown
 from bonbon.report.page import escape_markdown, page, summarise
 from bonbon.report.theme import DARK, DATA_COLOURS, LIGHT, PAPER, SvgStyles, mark
 from bonbon.report.words import headline
+from bonbon.system.errors import BonbonError
 from conftest import group_of
 
 N, K = 4, 3
@@ -804,7 +804,7 @@ def embedded(path: Path) -> tuple[dict[str, Any], list[dict[str, list[str]]]]:
 
 
 def test_the_page_embeds_every_completion(folder: Path) -> None:
-    from bonbon.groups import read_groups
+    from bonbon.groups.shards import read_groups
 
     index, texts = embedded(folder / "report.html")
     base = {g.prompt_id: g for g in read_groups(folder / "evaluation" / "base")}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bonbon.groups import Group, Groups
+from bonbon.groups.group import Group, Groups
 from bonbon.report import browser, data, write_report
 from conftest import group_of
 from test_report import HOSTILE, K, N, draws, evaluation, write_page, write_run

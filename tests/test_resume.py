@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from bonbon import pipeline
-from bonbon.config import parse_config
-from bonbon.errors import BonbonError, DivergedError
-from bonbon.groups import read_groups
-from bonbon.run_folder import RunFolder
+from bonbon.config.run import parse_config
+from bonbon.groups.shards import read_groups
+from bonbon.runs.run_folder import RunFolder
+from bonbon.stages import run as run_stage
+from bonbon.stages import train as train_stage
+from bonbon.system.errors import BonbonError, DivergedError
 
 KILLS = 5
 DEADLINE = 240  # seconds, for a run that hangs
@@ -116,14 +117,14 @@ def test_a_training_that_diverged_can_be_begun_anew(config: Path, tmp_path: Path
 
     wild = folder_at(1e30)
     with wild.locked():
-        pipeline.sample_and_score(wild)
+        run_stage.sample_and_score(wild)
         for _ in range(2):
             with pytest.raises(DivergedError, match="lower the learning rate"):
-                pipeline.train(wild)
+                train_stage.train(wild)
         assert not wild.checkpoints(wild.config.model_name).exists()
     tame = folder_at(1e-3)
     with tame.locked():
-        pipeline.train(tame)
+        train_stage.train(tame)
     assert (tame.path / "model" / "model.safetensors").is_file()
     assert "learning_rate: 0.001" in (tame.path / "config.yaml").read_text()
 
@@ -138,14 +139,14 @@ def test_a_training_that_came_to_nothing_can_be_changed(config: Path, tmp_path: 
 
     mistaken = folder_with(lora={"target_modules": ["no_such_layer"], "merge": True})
     with mistaken.locked():
-        pipeline.sample_and_score(mistaken)
+        run_stage.sample_and_score(mistaken)
         with pytest.raises(BonbonError, match="this adapter does not fit the model"):
-            pipeline.train(mistaken)
+            train_stage.train(mistaken)
     killed = folder_with(lora=None, eval_fraction=0.2, eval_steps=2, epochs=1)
     with killed.locked():
-        pipeline.train(killed)
+        train_stage.train(killed)
     record = json.loads((killed.path / "model" / "training_log.json").read_text())
     assert record["groups"] > record["held_out_groups"] > 0
     assert any("eval_loss" in entry for entry in record["log"])
     with pytest.raises(BonbonError, match=r"epochs was 1\.0 and is now 2\.0"):
-        pipeline.train(folder_with(epochs=2))
+        train_stage.train(folder_with(epochs=2))

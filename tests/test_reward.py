@@ -25,10 +25,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from bonbon.errors import BonbonError
-from bonbon.groups import Prompt, as_text
-from bonbon.reward import FunctionReward, RewardModel, WeightedSum, score_groups
-from bonbon.scoring import shared_beginnings
+from bonbon.groups.group import Prompt, as_text
+from bonbon.rewards.model import RewardModel
+from bonbon.rewards.reward import FunctionReward, WeightedSum, score_groups
+from bonbon.rewards.shared_prefix import shared_beginnings
+from bonbon.system.errors import BonbonError
 from conftest import CONTEXT, EOS, MakeGroup, build_tiny_reward_model, byte_tokenizer
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"

@@ -12,13 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bonbon import pipeline
-from bonbon.config import RunConfig, parse_config, round_config
-from bonbon.errors import BonbonError
-from bonbon.groups import read_groups
-from bonbon.objectives import rank_regression
-from bonbon.run_folder import RunFolder
-from bonbon.tilt import BestOfN, best_of_n_pmf, kl_pmf, win_rate_pmf
+from bonbon.config.run import RunConfig, parse_config, round_config
+from bonbon.groups.shards import read_groups
+from bonbon.objectives.ranks import rank_regression
+from bonbon.runs.run_folder import RunFolder
+from bonbon.stages import evaluate as evaluate_stage
+from bonbon.stages import run as run_stage
+from bonbon.stages import sample as sample_stage
+from bonbon.stages import score as score_stage
+from bonbon.stages import train as train_stage
+from bonbon.system.errors import BonbonError
+from bonbon.tilt.best_of_n import BestOfN
+from bonbon.tilt.discrete import best_of_n_pmf, kl_pmf, win_rate_pmf
 from test_tabular import minimise
 
 
@@ -123,7 +128,7 @@ def test_rounds_with_an_adapter_need_whole_weights(tiny_model: Path, prompts: Pa
 def run(config: RunConfig, out: Path) -> RunFolder:
     folder = RunFolder(out, config)
     with folder.locked():
-        pipeline.run(folder)
+        run_stage.run(folder)
     return folder
 
 
@@ -178,7 +183,7 @@ def test_a_stop_between_rounds_is_gone_on_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     config = parse_config(settings(tiny_model, prompts))
-    score, calls = pipeline.score, []
+    score, calls = score_stage.score, []
 
     def stopped(folder: RunFolder) -> None:
         calls.append(folder)
@@ -186,7 +191,7 @@ def test_a_stop_between_rounds_is_gone_on_with(
             raise KeyboardInterrupt
         score(folder)
 
-    monkeypatch.setattr(pipeline, "score", stopped)
+    monkeypatch.setattr(run_stage, "score", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "out")
     monkeypatch.undo()
@@ -215,9 +220,9 @@ def test_a_folder_keeps_its_number_of_rounds(
 
     folder = RunFolder(tmp_path / "out", config(was))
     if was == 1:
-        pipeline.sample(folder)
+        sample_stage.sample(folder)
     else:
-        pipeline._run_rounds(folder)
+        run_stage._run_rounds(folder)
     with pytest.raises(BonbonError, match=f"rounds was {was} and is now {now}"):
         run(config(now), folder.path)
 
@@ -233,21 +238,21 @@ def test_a_training_that_came_to_nothing_can_be_changed(
         return RunFolder(tmp_path / "out", parse_config(changed))
 
     with pytest.raises(BonbonError, match="adapter does not fit"):
-        pipeline._run_rounds(rounds_with(lora={"target_modules": ["none_such"], "merge": True}))
+        run_stage._run_rounds(rounds_with(lora={"target_modules": ["none_such"], "merge": True}))
     drawn = (tmp_path / "out" / "round-1" / "samples" / "shard-00000.parquet").stat().st_mtime_ns
     folder = rounds_with()
-    pipeline._run_rounds(folder)
+    run_stage._run_rounds(folder)
     assert folder.model(folder.config.model_name).is_dir()
     assert drawn == (folder.rounds()[0].samples / "shard-00000.parquet").stat().st_mtime_ns
     with pytest.raises(BonbonError, match=r"learning_rate was 0\.001 and is now 0\.5"):
-        pipeline._run_rounds(rounds_with(learning_rate=0.5))
+        run_stage._run_rounds(rounds_with(learning_rate=0.5))
 
 
 def test_other_training_settings_are_not_evaluated(finished: RunFolder) -> None:
     train = finished.config.train.model_copy(update={"learning_rate": 0.5})
     folder = RunFolder(finished.path, finished.config.model_copy(update={"train": train}))
     with pytest.raises(BonbonError, match=r"learning_rate was 0\.001 and is now 0\.5"):
-        pipeline.evaluate(folder)
+        evaluate_stage.evaluate(folder)
 
 
 def test_a_budget_for_all_rounds_is_not_one_for_each(tiny_model: Path, prompts: Path) -> None:
@@ -258,8 +263,13 @@ def test_a_budget_for_all_rounds_is_not_one_for_each(tiny_model: Path, prompts: 
 
 @pytest.mark.parametrize("stage", ["sample", "score", "train"])
 def test_single_stages_are_refused(finished: RunFolder, stage: str) -> None:
+    stages = {
+        "sample": sample_stage.sample,
+        "score": score_stage.score,
+        "train": train_stage.train,
+    }
     with pytest.raises(BonbonError, match="use `bonbon run`"):
-        getattr(pipeline, stage)(finished)
+        stages[stage](finished)
 
 
 def test_objectives_tied_to_the_draws_are_found_before_sampling(

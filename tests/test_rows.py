@@ -28,14 +28,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.source import LocalSource
-from bonbon.errors import BonbonError
-from bonbon.linear import fast_linear
-from bonbon.models import load_policy
-from bonbon.prompts import EncodedPrompt
-from bonbon.rows import Rows, completion_text, cut_at_stop, draw_tokens
-from bonbon.sampling import TransformersSampler
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.models.fast_linear import fast_linear
+from bonbon.models.loading import load_policy
+from bonbon.sampling.completion_text import completion_text, cut_at_stop
+from bonbon.sampling.distribution import draw_tokens
+from bonbon.sampling.generation_loop import Rows
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.system.errors import BonbonError
 from conftest import EOS, byte_tokenizer, tiny_llama_config
 
 PROMPT = EncodedPrompt("p0", "x", (1, 5, 4))
@@ -205,11 +207,11 @@ def drawn(sampler: TransformersSampler, prompts: list[EncodedPrompt], ks: list[r
 @pytest.fixture
 def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows share their prompts even where it is not worth it."""
-    monkeypatch.setattr("bonbon.shared_prompts._LEAST_SAVED", 1)
+    monkeypatch.setattr("bonbon.models.shared_prompts._LEAST_SAVED", 1)
 
 
 def without_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bonbon.shared_prompts._LEAST_SAVED", 2**62)
+    monkeypatch.setattr("bonbon.models.shared_prompts._LEAST_SAVED", 2**62)
 
 
 def small(config: Any, **changes: Any) -> Any:
@@ -433,7 +435,7 @@ def test_rows_end_at_a_stop_string(shared: Any, stop: tuple[str, ...]) -> None:
 
 
 def _row(prompt_id: str, text: str) -> Any:
-    from bonbon.prompts import PromptRow
+    from bonbon.groups.prompts import PromptRow
 
     return PromptRow(prompt_id, text)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from bonbon.config import RunConfig, parse_config
-from bonbon.digests import file_digest
-from bonbon.errors import BonbonError
-from bonbon.groups import shard_path
-from bonbon.run_folder import RunFolder
+from bonbon.config.run import RunConfig, parse_config
+from bonbon.groups.shards import shard_path
+from bonbon.runs.run_folder import RunFolder
+from bonbon.system.digests import file_digest
+from bonbon.system.errors import BonbonError
 
 MINIMAL = {"model": {"name": "m"}, "prompts": {"path": "p.jsonl"}, "reward": {"model": "r"}}
 
@@ -93,7 +93,7 @@ def test_the_same_settings_go_on(tmp_path: Path) -> None:
 
 
 def parse_config_file(path: Path) -> RunConfig:
-    from bonbon.config import load_config
+    from bonbon.config.run import load_config
 
     return load_config(path)
 

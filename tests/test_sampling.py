@@ -13,15 +13,16 @@ from scipy.stats import chisquare
 from tokenizers import processors
 from transformers import DynamicCache, LlamaForCausalLM
 
-from bonbon.cache import BlockGrowingLayer, block_growing_cache
-from bonbon.config import SamplingConfig
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.models import load_policy
-from bonbon.prompts import EncodedPrompt, PromptRow
-from bonbon.rows import draw_tokens
-from bonbon.sampling import TransformersSampler, encode_prompts
-from bonbon.streams import uniform_stream
+from bonbon.config.sampling import SamplingConfig
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt, PromptRow
+from bonbon.models.growing_cache import BlockGrowingLayer, block_growing_cache
+from bonbon.models.loading import load_policy
+from bonbon.sampling.distribution import draw_tokens
+from bonbon.sampling.encoding import encode_prompts
+from bonbon.sampling.random_streams import uniform_stream
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.system.errors import BonbonError
 from conftest import EOS, byte_tokenizer, tiny_llama_config
 
 VOCABULARY = 6

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bonbon.errors import BonbonError
-from bonbon.selected_groups import SelectedGroups, write_selected
-from bonbon.selection import SelectedGroup
+from bonbon.objectives.selection import SelectedGroup
+from bonbon.system.errors import BonbonError
+from bonbon.training.dataset_file import SelectedGroups, write_selected
 
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(tuple)
 figure = st.floats(allow_nan=False)
@@ -40,7 +40,7 @@ def test_what_is_written_is_read(
     groups: list[SelectedGroup], chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the chunks, by any index, and when the file is gone."""
-    monkeypatch.setattr("bonbon.selected_groups._CHUNK", 5 * chunk)
+    monkeypatch.setattr("bonbon.training.dataset_file._CHUNK", 5 * chunk)
     path = tmp_path / "sub" / "selected.arrow"
     write_selected(iter(groups), path)
     found = SelectedGroups(path)

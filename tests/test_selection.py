@@ -14,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.selection import (
-    Chosen,
+from bonbon.groups.group import Group
+from bonbon.objectives.selection import (
     Select,
     all_completions,
     best,
@@ -25,6 +23,8 @@ from bonbon.selection import (
     best_and_worst,
     random_pair,
 )
+from bonbon.system.errors import BonbonError
+from bonbon.training.dataset import Chosen
 from conftest import MakeGroup
 
 CHOICES: list[Select] = [best, best_and_worst, best_and_random, random_pair, all_completions]
@@ -149,7 +149,7 @@ def test_another_process_makes_the_same_random_choices(make_group: MakeGroup) ->
     """Python salts the hashes of texts anew in every process; the choices must not follow."""
     script = (
         "from conftest import group_of\n"
-        "from bonbon.selection import random_pair\n"
+        "from bonbon.objectives.selection import random_pair\n"
         "rewards = (0.3, 0.1, 0.9, 0.5)\n"
         "groups = [group_of(f'p{i}', completions='abcd', rewards=rewards) for i in range(20)]\n"
         "print([random_pair(group) for group in groups])\n"

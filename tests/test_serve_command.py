@@ -16,8 +16,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from bonbon.cli import app
-from bonbon.reward import RewardModel
+from bonbon.cli.main import app
+from bonbon.rewards.model import RewardModel
 from bonbon.serve.command import parse_serve_settings
 
 

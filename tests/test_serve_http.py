@@ -14,13 +14,13 @@ import openai
 import pytest
 from pydantic import ValidationError
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
 from bonbon.decoding.catalogue import STRATEGIES, strategy_class
-from bonbon.errors import BonbonError
 from bonbon.serve.app import create_app, create_service
 from bonbon.serve.backend import Answer, BackendError, Job
 from bonbon.serve.config import ServeConfig, api_key
+from bonbon.system.errors import BonbonError
 from fake_backend import (
     CHAT,
     KEY,

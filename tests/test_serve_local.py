@@ -17,31 +17,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
 from bonbon.decoding.catalogue import STRATEGIES, parse_strategy
 from bonbon.decoding.source import LocalSource
-from bonbon.decoding.strategy import (
-    Cost,
-    Floats,
-    Generation,
-    Source,
-    Strategy,
-    WholeDraws,
-    one_hot,
-)
+from bonbon.decoding.strategy import Floats, Generation, Source, Strategy, WholeDraws, one_hot
 from bonbon.demo import STORY_MODEL
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.models import load_policy
-from bonbon.prompts import EncodedPrompt
-from bonbon.reward import FunctionReward
-from bonbon.sampling import TransformersSampler
-from bonbon.serve import local
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.models.loading import load_policy
+from bonbon.rewards.reward import FunctionReward
+from bonbon.sampling.cost import Cost
+from bonbon.sampling.transformers import TransformersSampler
 from bonbon.serve.answers import stream_id
 from bonbon.serve.backend import Answer, BackendError, Job
-from bonbon.serve.local import LocalBackend
-from bonbon.serve.local_jobs import Asked, Waiting, next_batch
+from bonbon.serve.local import backend as local
+from bonbon.serve.local.backend import LocalBackend
+from bonbon.serve.local.queue import Asked, Waiting, next_batch
+from bonbon.system.errors import BonbonError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"

@@ -24,12 +24,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonbon.errors import BonbonError
 from bonbon.serve.admission import Admission
+from bonbon.serve.api.streaming import pieces
 from bonbon.serve.backend import Answer, BackendError, Job
 from bonbon.serve.config import ServeConfig
 from bonbon.serve.run import listening, serve
-from bonbon.serve.streaming import pieces
+from bonbon.system.errors import BonbonError
 from fake_backend import (
     CHAT,
     TEXT,

@@ -17,27 +17,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bonbon.reward  # noqa: F401 (loads torch now, and not within the first job's time)
-from bonbon.config import SamplingConfig
+import bonbon.rewards.reward  # noqa: F401 (loads torch now, and not within the first job's time)
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
 from bonbon.decoding.catalogue import STRATEGIES, parse_strategy
-from bonbon.decoding.strategy import Cost, Floats, Source, Strategy, WholeDraws, one_hot
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
+from bonbon.decoding.strategy import Floats, Source, Strategy, WholeDraws, one_hot
+from bonbon.groups.group import Group
 from bonbon.remote import client as remote_client
 from bonbon.remote.client import FaultError
-from bonbon.remote.protocol import read_offer
-from bonbon.serve import upstream
+from bonbon.remote.completions_api import read_offer
+from bonbon.sampling.cost import Cost
 from bonbon.serve.backend import Answer, BackendError, Job, TokenLogprob
-from bonbon.serve.upstream import UpstreamBackend
-from bonbon.serve.upstream_client import UpstreamClient, UpstreamConfig
-from bonbon.serve.upstream_protocol import (
+from bonbon.serve.upstream import backend as upstream
+from bonbon.serve.upstream.backend import UpstreamBackend
+from bonbon.serve.upstream.client import UpstreamClient, UpstreamConfig
+from bonbon.serve.upstream.protocol import (
     candidate_seed,
     read_logprobs,
     read_reply,
     request_body,
     spent_on,
 )
+from bonbon.system.errors import BonbonError
 from stub_upstream import FAULTS, StubUpstream, some_faults
 
 KEY = "sk-0123456789-secret"

@@ -10,34 +10,21 @@ from typing import Any
 
 import pytest
 
-from bonbon import pipeline
-from bonbon.ahead import AHEAD
-from bonbon.config import RunConfig, SamplingConfig, parse_config
-from bonbon.errors import BonbonError
-from bonbon.groups import (
-    Group,
-    read_groups,
-    read_shard,
-    shard_indices,
-    shard_path,
-    write_shard,
-)
-from bonbon.prompts import EncodedPrompt, PromptRow, is_held_out, read_prompts
-from bonbon.run_folder import RunFolder
-from bonbon.sampling import encode_prompts
-from bonbon.stage_settings import score_settings
-from bonbon.stages import (
-    ShardWork,
-    drawing,
-    evaluation_prompts,
-    prompt_count,
-    scoring,
-    spent,
-    trained_on,
-    training_prompts,
-    work_through,
-    write_prompts,
-)
+from bonbon.config.run import RunConfig, parse_config
+from bonbon.config.sampling import SamplingConfig
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt, PromptRow, is_held_out, read_prompts
+from bonbon.groups.shards import read_groups, read_shard, shard_indices, shard_path, write_shard
+from bonbon.runs.fingerprints import score_settings
+from bonbon.runs.prompts import evaluation_prompts, trained_on, training_prompts
+from bonbon.runs.run_folder import RunFolder
+from bonbon.runs.shard_work import ShardWork, prompt_count, spent, work_through, write_prompts
+from bonbon.runs.work import drawing, scoring
+from bonbon.sampling.encoding import encode_prompts
+from bonbon.stages import run as run_stage
+from bonbon.stages import sample as sample_stage
+from bonbon.system.errors import BonbonError
+from bonbon.system.prefetch import AHEAD
 
 PROMPTS = [f"Prompt number {index}" for index in range(11)]
 
@@ -228,7 +215,7 @@ def test_samples_and_groups_in_a_store_are_those_of_the_run_s_folder(
     here = RunFolder(tmp_path / "a", parse_config(run_config))
     there = RunFolder(tmp_path / "b", parse_config(run_config | {"storage": str(store)}))
     for folder in (here, there):
-        pipeline.sample_and_score(folder)
+        run_stage.sample_and_score(folder)
     assert there.groups == store / "groups"
     assert not (tmp_path / "b" / "samples").exists()
     assert list(read_groups(here.groups)) == list(read_groups(there.groups))
@@ -238,14 +225,14 @@ def test_two_runs_cannot_mix_their_shards_in_a_store(
     tmp_path: Path, run_config: dict[str, Any]
 ) -> None:
     values = run_config | {"storage": str(tmp_path / "store")}
-    pipeline.sample(RunFolder(tmp_path / "a", parse_config(values)))
+    sample_stage.sample(RunFolder(tmp_path / "a", parse_config(values)))
     other = parse_config(values, ["sampling.seed=5"])
     with pytest.raises(BonbonError, match=r"sampling\.seed was 0 and is now 5"):
-        pipeline.sample(RunFolder(tmp_path / "b", other))
+        sample_stage.sample(RunFolder(tmp_path / "b", other))
     # The same settings from another folder go on with what is there.
     again = RunFolder(tmp_path / "c", parse_config(values))
     before = [path.stat().st_mtime_ns for path in sorted(again.samples.iterdir())]
-    pipeline.sample_and_score(again)
+    run_stage.sample_and_score(again)
     assert [path.stat().st_mtime_ns for path in sorted(again.samples.iterdir())] == before
     assert len(read_groups(again.groups)) == len(PROMPTS)
 
@@ -255,12 +242,12 @@ def test_prompts_of_settings_that_nothing_came_of_are_forgotten(
 ) -> None:
     hopeless = run_config | {"sampler": {"name": "vllm", "engine": {"no": "such"}}}
     folder = RunFolder(tmp_path / "a", parse_config(hopeless))
-    pipeline._begin_sampling(folder)
+    sample_stage.begin_sampling(folder)
     assert len(read_groups(folder.prompts)) == len(PROMPTS)
     other = tmp_path / "other.txt"
     other.write_text("new 1\nnew 2", encoding="utf-8")
     folder = RunFolder(tmp_path / "a", parse_config(run_config | {"prompts": {"path": str(other)}}))
-    pipeline.sample(folder)
+    sample_stage.sample(folder)
     assert [group.prompt for group in read_groups(folder.samples)] == ["new 1", "new 2"]
 
 
@@ -268,16 +255,16 @@ def test_a_run_cannot_take_the_store_of_one_that_has_drawn_nothing_yet(
     tmp_path: Path, run_config: dict[str, Any]
 ) -> None:
     values = run_config | {"storage": str(tmp_path / "store")}
-    pipeline._begin_sampling(RunFolder(tmp_path / "a", parse_config(values)))
+    sample_stage.begin_sampling(RunFolder(tmp_path / "a", parse_config(values)))
     other = parse_config(values, ["sampling.seed=5"])
     with pytest.raises(BonbonError, match=r"sampling\.seed was 0 and is now 5"):
-        pipeline.sample(RunFolder(tmp_path / "b", other))
+        sample_stage.sample(RunFolder(tmp_path / "b", other))
     # It was only tried: the same folder with the store's settings is welcome.
-    pipeline.sample(RunFolder(tmp_path / "b", parse_config(values)))
+    sample_stage.sample(RunFolder(tmp_path / "b", parse_config(values)))
     # The one that began it may change its mind while nothing came of it.
     values = run_config | {"storage": str(tmp_path / "second")}
-    pipeline._begin_sampling(RunFolder(tmp_path / "c", parse_config(values)))
-    pipeline.sample(RunFolder(tmp_path / "c", parse_config(values, ["sampling.seed=5"])))
+    sample_stage.begin_sampling(RunFolder(tmp_path / "c", parse_config(values)))
+    sample_stage.sample(RunFolder(tmp_path / "c", parse_config(values, ["sampling.seed=5"])))
 
 
 def test_a_store_is_no_folder_of_something_else(tmp_path: Path, run_config: dict[str, Any]) -> None:
@@ -285,7 +272,7 @@ def test_a_store_is_no_folder_of_something_else(tmp_path: Path, run_config: dict
     (tmp_path / "mine" / "config.yaml").write_text("mine")
     values = run_config | {"storage": str(tmp_path / "mine")}
     with pytest.raises(BonbonError, match="is not empty and holds no run"):
-        pipeline.sample(RunFolder(tmp_path / "a", parse_config(values)))
+        sample_stage.sample(RunFolder(tmp_path / "a", parse_config(values)))
     assert (tmp_path / "mine" / "config.yaml").read_text() == "mine"
 
 
@@ -294,7 +281,7 @@ def test_a_longer_context_than_the_sampler_s_does_not_help(
 ) -> None:
     short = {"sampler": {"name": "vllm", "max_model_len": 12}}
     with pytest.raises(BonbonError, match=r"11 prompts have more than the 8 tokens"):
-        pipeline._begin_sampling(RunFolder(tmp_path / "a", parse_config(run_config | short)))
+        sample_stage.begin_sampling(RunFolder(tmp_path / "a", parse_config(run_config | short)))
 
 
 @pytest.mark.parametrize(
@@ -332,16 +319,16 @@ def test_long_prompts_are_all_counted_before_anything_is_drawn(
     path.write_text("\n".join(["short", *("long " * 20 + str(i) for i in range(12))]))
     folder = RunFolder(tmp_path / "a", parse_config(run_config))
     with pytest.raises(BonbonError, match=r"12 prompts have more than the 60 .* and 2 more;"):
-        pipeline.sample(folder)
+        sample_stage.sample(folder)
     assert shard_indices(folder.samples) == []
     skipping = parse_config(run_config, ["sampling.on_long_prompt=skip"])
     folder = RunFolder(tmp_path / "a", skipping)
-    pipeline.sample(folder)
+    sample_stage.sample(folder)
     assert [group.prompt for group in read_groups(folder.samples)] == ["short"]
 
 
 def test_encoding_reads_no_further_than_it_is_asked_to() -> None:
-    from bonbon.sampling import iter_encoded
+    from bonbon.sampling.encoding import iter_encoded
     from conftest import byte_tokenizer
 
     rows = (PromptRow(str(index), "a") for index in iter(int, 1))  # no end

@@ -18,14 +18,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bonbon import files, pipeline
 from bonbon.cluster.attempts import DeadLetter, DeadLetters, Ledger
-from bonbon.config import parse_config
-from bonbon.errors import BonbonError
-from bonbon.files import read_json, write_json, write_text
-from bonbon.groups import Groups, read_groups, shard_indices, shard_path, write_shard
-from bonbon.run_folder import RunFolder
-from bonbon.storage import files_in, is_remote, is_there, remove_folder, storage_path
+from bonbon.config.run import parse_config
+from bonbon.groups.group import Groups
+from bonbon.groups.shards import read_groups, shard_indices, shard_path, write_shard
+from bonbon.runs.run_folder import RunFolder
+from bonbon.stages import engine
+from bonbon.stages import run as run_stage
+from bonbon.stages import sample as sample_stage
+from bonbon.stages import score as score_stage
+from bonbon.stages import train as train_stage
+from bonbon.system import atomic_files as files
+from bonbon.system.atomic_files import read_json, write_json, write_text
+from bonbon.system.errors import BonbonError
+from bonbon.system.storage import files_in, is_remote, is_there, remove_folder, storage_path
 from conftest import MakeGroup, assert_same_groups
 
 QUICK = 20.0  # seconds, within which a store that is down must be found out
@@ -219,10 +225,10 @@ def folder_of(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_whole_run_with_its_groups_in_s3(store: Store, folder_of: MakeFolder) -> None:
     local = folder_of("local", None)
-    pipeline.sample_and_score(local)
-    pipeline.train(local)
+    run_stage.sample_and_score(local)
+    train_stage.train(local)
     remote = folder_of("remote", "s3://bucket/runs/one")
-    pipeline.run(remote)
+    run_stage.run(remote)
     assert_same_groups(read_groups(remote.groups), read_groups(local.groups))
     assert not (remote.path / "groups").exists()
     weights = [load_file(f.path / "model" / "model.safetensors") for f in (local, remote)]
@@ -230,15 +236,15 @@ def test_a_whole_run_with_its_groups_in_s3(store: Store, folder_of: MakeFolder) 
         np.testing.assert_allclose(weights[1][name], values, atol=1e-6)
     assert (remote.evaluation / "evaluation.json").is_file()
     before = {path: path.stat().st_mtime for path in files_in(remote.groups)}
-    pipeline.sample_and_score(remote)
+    run_stage.sample_and_score(remote)
     assert {path: path.stat().st_mtime for path in files_in(remote.groups)} == before
 
 
 def test_another_run_cannot_mix_its_shards_in(store: Store, folder_of: MakeFolder) -> None:
-    pipeline.sample(folder_of("one", "s3://bucket/runs/one"))
+    sample_stage.sample(folder_of("one", "s3://bucket/runs/one"))
     other = with_seed(folder_of("two", "s3://bucket/runs/one"), 7)
     with pytest.raises(BonbonError, match=r"sampling\.seed was 0 and is now 7"):
-        pipeline.sample(other)
+        sample_stage.sample(other)
 
 
 def with_seed(folder: RunFolder, seed: int) -> RunFolder:
@@ -251,11 +257,11 @@ def test_one_command_at_a_time_works_in_a_storage_folder(
 ) -> None:
     one, two = (folder_of(name, str(tmp_path / "shared")) for name in ("one", "two"))
     with one.data_locked():
-        for stage in (pipeline.sample, pipeline.score):
+        for stage in (sample_stage.sample, score_stage.score):
             with pytest.raises(BonbonError, match=r"working in .*shared; .* another storage"):
                 stage(two)
-    pipeline.sample_and_score(one)
-    pipeline.sample_and_score(two)  # all is there
+    run_stage.sample_and_score(one)
+    run_stage.sample_and_score(two)  # all is there
     assert two.is_finished("score", one.groups)
 
 
@@ -266,29 +272,29 @@ def test_a_store_that_another_command_changed_is_noticed(
     pytest.importorskip("upath", reason="universal-pathlib is not installed")
     place = "memory://changed/runs"
     earlier = folder_of("earlier", place)
-    assert pipeline._begin_sampling(earlier)
-    work_here = pipeline.work_here
+    assert sample_stage.begin_sampling(earlier)
+    work_here = engine.work_here
 
     def disturbed(folder: RunFolder, stage: str) -> None:
-        assert pipeline._begin_sampling(with_seed(earlier, 7))
+        assert sample_stage.begin_sampling(with_seed(earlier, 7))
         work_here(folder, stage)
 
-    monkeypatch.setattr(pipeline, "work_here", disturbed)
+    monkeypatch.setattr(engine, "work_here", disturbed)
     with pytest.raises(BonbonError, match=r"another command has changed what is in memory://cha"):
-        pipeline.sample(folder_of("late", place))
+        sample_stage.sample(folder_of("late", place))
 
 
 def test_a_storage_that_is_left_out_does_not_begin_anew(
     folder_of: MakeFolder, tmp_path: Path
 ) -> None:
     shared = str(tmp_path / "shared")
-    pipeline.sample(folder_of("out", shared))
-    for stage in (pipeline.sample, pipeline.score):
+    sample_stage.sample(folder_of("out", shared))
+    for stage in (sample_stage.sample, score_stage.score):
         with pytest.raises(BonbonError, match=r"storage was '.*/shared' and is now None"):
             stage(folder_of("out", None))
         with pytest.raises(BonbonError, match=r"storage was '.*/shared' and is now '.*/other'"):
             stage(folder_of("out", str(tmp_path / "other")))
-    pipeline.score(folder_of("out", "shared"))  # the same place, by another name
+    score_stage.score(folder_of("out", "shared"))  # the same place, by another name
     assert not (tmp_path / "out" / "samples").exists()
     assert not list((tmp_path / "other").rglob("*.json"))
 
@@ -297,29 +303,29 @@ def test_a_storage_where_nothing_came_to_be_can_be_changed(
     folder_of: MakeFolder, tmp_path: Path
 ) -> None:
     """And what another run has in the new one stays."""
-    pipeline.sample_and_score(folder_of("finished", str(tmp_path / "b")))
-    assert pipeline._begin_sampling(folder_of("out", str(tmp_path / "a")))
+    run_stage.sample_and_score(folder_of("finished", str(tmp_path / "b")))
+    assert sample_stage.begin_sampling(folder_of("out", str(tmp_path / "a")))
     out = folder_of("out", str(tmp_path / "b"))
-    pipeline.sample_and_score(out)
+    run_stage.sample_and_score(out)
     assert out.is_finished("score", out.groups)
-    pipeline.sample_and_score(folder_of("finished", str(tmp_path / "b")))
+    run_stage.sample_and_score(folder_of("finished", str(tmp_path / "b")))
 
 
 def test_shards_that_are_missing_at_the_end_are_noticed(
     folder_of: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_of("out", None)
-    work_here = pipeline.work_here
+    work_here = engine.work_here
 
     def disturbed(folder: RunFolder, stage: str) -> None:
         work_here(folder, stage)
         shard_path(folder.samples, 1).unlink()
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "work_here", disturbed)
+        patched.setattr(engine, "work_here", disturbed)
         with pytest.raises(BonbonError, match="another command has changed what is in"):
-            pipeline.sample(folder)
-    pipeline.sample(folder)
+            sample_stage.sample(folder)
+    sample_stage.sample(folder)
     assert len(read_groups(folder.samples)) == len(read_groups(folder.prompts))
 
 
@@ -327,9 +333,9 @@ def test_a_store_that_goes_down_loses_nothing(
     store: Store, folder_of: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = folder_of("local", None)
-    pipeline.sample_and_score(local)
+    run_stage.sample_and_score(local)
     remote = folder_of("remote", "s3://bucket/runs/one")
-    pipeline.sample(remote)
+    sample_stage.sample(remote)
     import lengths  # type: ignore[import-not-found]
 
     calls: list[int] = []
@@ -342,7 +348,7 @@ def test_a_store_that_goes_down_loses_nothing(
     monkeypatch.setattr(lengths, "hook", hook)
     began = time.monotonic()
     with pytest.raises(BonbonError) as caught:
-        pipeline.score(remote)
+        score_stage.score(remote)
     assert time.monotonic() - began < QUICK
     assert str(caught.value).startswith(
         "cannot write s3://bucket/runs/one/groups/shard-00001.parquet: the store cannot be reached"
@@ -354,14 +360,14 @@ def test_a_store_that_goes_down_loses_nothing(
     assert shard_indices(remote.groups) == [0]
     written = files_in(remote.groups)[0].stat().st_mtime
     monkeypatch.setattr(lengths, "hook", None)
-    pipeline.score(remote)
+    score_stage.score(remote)
     assert files_in(remote.groups)[0].stat().st_mtime == written
     assert_same_groups(read_groups(remote.groups), read_groups(local.groups))
 
 
 def test_a_bucket_that_is_missing(store: Store, folder_of: MakeFolder) -> None:
     with pytest.raises(BonbonError, match=r"s3://no-bucket/.*: .*bucket does not exist"):
-        pipeline.sample(folder_of("out", "s3://no-bucket/runs"))
+        sample_stage.sample(folder_of("out", "s3://no-bucket/runs"))
 
 
 def test_no_credentials(
@@ -370,13 +376,13 @@ def test_no_credentials(
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(BonbonError, match=r"no credentials were found; set them as .*AWS_PROFILE"):
-        pipeline.sample(folder_of("out", "s3://bucket/runs"))
+        sample_stage.sample(folder_of("out", "s3://bucket/runs"))
 
 
 def test_the_sentences_are_short(store: Store, folder_of: MakeFolder) -> None:
     store.stop()
     with pytest.raises(BonbonError) as caught:
-        pipeline.sample(folder_of("out", "s3://bucket/runs"))
+        sample_stage.sample(folder_of("out", "s3://bucket/runs"))
     assert len(str(caught.value)) < 350
 
 
@@ -435,4 +441,4 @@ def test_a_disk_that_fills_up_within_a_file(tmp_path: Path, make_group: MakeGrou
 def test_a_folder_that_cannot_be_written(folder_of: MakeFolder, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BonbonError, match=r"cannot write .*file/runs: .*; choose another storage"):
-        pipeline.sample(folder_of("out", str(tmp_path / "file" / "runs")))
+        sample_stage.sample(folder_of("out", str(tmp_path / "file" / "runs")))

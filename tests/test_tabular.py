@@ -15,30 +15,19 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import qmc
 
-from bonbon.objectives import (
-    PAPER_ALPHA,
-    bon_target,
-    bonbon,
-    ipo_bon,
+from bonbon.objectives.pairs import PAPER_ALPHA, bon_target, bonbon, ipo_bon, sft_bon
+from bonbon.objectives.ranks import (
     log_density_targets,
     pairwise_regression,
     rank_regression,
     rank_regression_pointwise,
-    sft_bon,
     tie_weights,
     weighted_sft,
 )
-from bonbon.tilt import (
-    BestOfN,
-    ExponentialTilt,
-    Tilt,
-    WorstOfN,
-    best_of_n_pmf,
-    kl_pmf,
-    optimal_kl,
-    tilted_pmf,
-    win_rate_pmf,
-)
+from bonbon.tilt.base import Tilt
+from bonbon.tilt.best_of_n import BestOfN, WorstOfN
+from bonbon.tilt.discrete import best_of_n_pmf, kl_pmf, tilted_pmf, win_rate_pmf
+from bonbon.tilt.exponential import ExponentialTilt, optimal_kl
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]

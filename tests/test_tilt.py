@@ -17,22 +17,15 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from bonbon.errors import BonbonError
-from bonbon.frontier import frontier_rows, parse_ns
-from bonbon.objectives import bon_beta, bon_target
+from bonbon.objectives.pairs import bon_beta, bon_target
+from bonbon.system.errors import BonbonError
 from bonbon.tilt import TILTS as NAMED_TILTS
-from bonbon.tilt import (
-    BestOfN,
-    BestOfPoisson,
-    ExponentialTilt,
-    Identity,
-    Tilt,
-    WorstOfN,
-    optimal_kl,
-    optimal_win_rate,
-    rank_targets,
-    rank_weights,
-)
+from bonbon.tilt import ExponentialTilt, optimal_kl, optimal_win_rate
+from bonbon.tilt.base import Identity, Tilt
+from bonbon.tilt.best_of_n import BestOfN, WorstOfN
+from bonbon.tilt.best_of_poisson import BestOfPoisson
+from bonbon.tilt.frontier import frontier_rows, parse_ns
+from bonbon.tilt.ranks import rank_targets, rank_weights
 
 Floats = NDArray[np.float64]
 

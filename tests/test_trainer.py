@@ -14,15 +14,16 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback
 
-from bonbon.config import TrainConfig
-from bonbon.errors import BonbonError, DivergedError
-from bonbon.group_batches import deal
-from bonbon.groups import Group, Groups
-from bonbon.logprobs import group_rows
-from bonbon.models import load_policy
-from bonbon.objectives import OBJECTIVES, GroupLogps, ObjectiveSettings, group_metrics
-from bonbon.tilt import BestOfN, ExponentialTilt, WorstOfN, optimal_kl
-from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer, sharing_pays
+from bonbon.config.training import TrainConfig
+from bonbon.groups.group import Group, Groups
+from bonbon.models.group_logprobs import group_rows
+from bonbon.models.loading import load_policy
+from bonbon.objectives.catalogue import OBJECTIVES, GroupLogps, ObjectiveSettings, group_metrics
+from bonbon.system.errors import BonbonError, DivergedError
+from bonbon.tilt.best_of_n import BestOfN, WorstOfN
+from bonbon.tilt.exponential import ExponentialTilt, optimal_kl
+from bonbon.training.batches import deal
+from bonbon.training.trainer import BoNBoNConfig, BoNBoNTrainer, sharing_pays
 from conftest import EOS, group_of
 
 N = 4
@@ -603,7 +604,7 @@ def test_data_loader_workers_change_nothing(
 def test_processes_that_would_train_apart_are_refused(
     tiny_model: Path, groups: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bonbon.trainer.process_count", lambda: 2)
+    monkeypatch.setattr("bonbon.training.trainer.process_count", lambda: 2)
     with pytest.raises(BonbonError, match="2 processes were started and each would train alone"):
         trainer_of(tiny_model, tmp_path, groups)
 

@@ -20,17 +20,17 @@ import openai
 import pytest
 import torch
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
 from bonbon.decoding.strategy import Floats, Source, WholeDraws, one_hot
 from bonbon.demo import REWARD_MODEL, STORY_MODEL
-from bonbon.groups import Group
-from bonbon.logprobs import token_log_probs
-from bonbon.models import load_policy
-from bonbon.reward import RewardModel
+from bonbon.groups.group import Group
+from bonbon.models.loading import load_policy
+from bonbon.models.logprobs import token_log_probs
+from bonbon.rewards.model import RewardModel
 from bonbon.serve.backend import Answer, BackendError, Job
-from bonbon.serve.upstream import UpstreamBackend
-from bonbon.serve.upstream_client import UpstreamConfig
+from bonbon.serve.upstream.backend import UpstreamBackend
+from bonbon.serve.upstream.client import UpstreamConfig
 from vllm_server import SERVER_SETTINGS, Server
 
 PROMPTS = [

@@ -46,23 +46,20 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from bonbon.cli import app
-from bonbon.config import (
-    ModelConfig,
-    RewardConfig,
-    SamplingConfig,
-    VllmSamplerConfig,
-    VllmSettings,
-    parse_config,
-)
+from bonbon.cli.main import app
+from bonbon.config.reward import RewardConfig
+from bonbon.config.run import parse_config
+from bonbon.config.sampling import ModelConfig, SamplingConfig, VllmSamplerConfig, VllmSettings
 from bonbon.demo import REWARD_MODEL, STORY_MODEL
-from bonbon.errors import BonbonError
-from bonbon.groups import Group, read_groups
-from bonbon.prompts import EncodedPrompt, PromptRow
-from bonbon.reward import RewardModel
-from bonbon.rows import warped_log_probs
-from bonbon.run_folder import RunFolder
-from bonbon.vllm_engine import VllmRewardModel, VllmSampler
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt, PromptRow
+from bonbon.groups.shards import read_groups
+from bonbon.rewards.model import RewardModel
+from bonbon.rewards.vllm import VllmRewardModel
+from bonbon.runs.run_folder import RunFolder
+from bonbon.sampling.distribution import warped_log_probs
+from bonbon.sampling.vllm import VllmSampler
+from bonbon.system.errors import BonbonError
 from conftest import build_tiny_reward_model, byte_tokenizer, tiny_llama_config
 
 EAGER: dict[str, Any] = {"enforce_eager": True}

@@ -17,10 +17,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bonbon.config import ModelConfig, RewardConfig, SamplingConfig, VllmSamplerConfig, VllmSettings
-from bonbon.errors import BonbonError
-from bonbon.streams import request_seed
-from bonbon.vllm_engine import Engine, VllmRewardModel, VllmSampler, _own_output
+from bonbon.config.reward import RewardConfig
+from bonbon.config.sampling import ModelConfig, SamplingConfig, VllmSamplerConfig, VllmSettings
+from bonbon.models.vllm_engine import Engine, _own_output
+from bonbon.rewards.vllm import VllmRewardModel
+from bonbon.sampling.random_streams import request_seed
+from bonbon.sampling.vllm import VllmSampler
+from bonbon.system.errors import BonbonError
 
 N = 32
 
@@ -72,7 +75,7 @@ def test_seeds_stay_the_same_from_release_to_release() -> None:
 
 
 def test_a_cpu_generator_uses_the_low_32_bits_alone() -> None:
-    """Why `bonbon.streams` says what a shared seed means there."""
+    """Why `bonbon.sampling.random_streams` says what a shared seed means there."""
     seed = request_seed(0, "", "p0")
     draws = [
         torch.rand(4, generator=torch.Generator().manual_seed(number)).tolist()
@@ -118,7 +121,7 @@ def test_temperatures_that_vllm_would_change_or_refuse(
 def test_settings_that_cannot_be(
     settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bonbon.vllm_engine.import_vllm", lambda: None)
+    monkeypatch.setattr("bonbon.models.vllm_engine.import_vllm", lambda: None)
     with pytest.raises(BonbonError, match=message):
         Engine("model m", VllmSettings(**settings), dtype="float32")
 

@@ -19,7 +19,7 @@ from bonbon.evaluation import (
     win_rate_over_prompts,
     win_rate_variance,
 )
-from bonbon.tilt import win_rate_pmf
+from bonbon.tilt.discrete import win_rate_pmf
 
 Floats = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from bonbon import distributed
+from bonbon.system import processes as distributed
 
 
 def main() -> None:

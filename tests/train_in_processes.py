@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from bonbon.cli import main
-from bonbon.groups import read_groups
-from bonbon.models import load_policy
-from bonbon.trainer import BoNBoNConfig, BoNBoNTrainer
+from bonbon.groups.shards import read_groups
+from bonbon.models.loading import load_policy
+from bonbon.training.trainer import BoNBoNConfig, BoNBoNTrainer
 
 
 def allow_fsdp_on_cpu() -> None:

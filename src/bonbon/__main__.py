@@ -1,6 +1,6 @@
 """`python -m bonbon`."""
 
-from bonbon.cli import main
+from bonbon.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 **How it works.** One Ray Data pipeline reads shard numbers, samples, scores and writes. Only
 numbers flow through Ray: a worker reads its shard from the run's storage, does with it what a run
-without Ray does (`bonbon.stages.ShardWork`), and writes it back, whole or not at all. Sampling and
+without Ray does (`runs.shard_work`), and writes it back, whole or not at all. Sampling and
 scoring overlap, each by a pool of workers that grows and shrinks between `min` and `max`; samplers
 wait while two shards for each scorer lie unscored. A worker loads its model at its first shard.
 

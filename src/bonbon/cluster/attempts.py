@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bonbon.errors import BonbonError
-from bonbon.files import read_json, write_json, write_text
-from bonbon.groups import Groups, Prompt, read_shard, write_shard
-from bonbon.storage import files_in, is_there, reached, remove_folder
+from bonbon.groups.group import Groups, Prompt
+from bonbon.groups.shards import read_shard, write_shard
+from bonbon.system.atomic_files import read_json, write_json, write_text
+from bonbon.system.errors import BonbonError
+from bonbon.system.storage import files_in, is_there, reached, remove_folder
 
 DIED = "its worker died each time"
 

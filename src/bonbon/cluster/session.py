@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
-from bonbon.config import PoolConfig, RayEngineConfig
-from bonbon.errors import BonbonError, first_line
+from bonbon.config.engine import PoolConfig, RayEngineConfig
+from bonbon.system.errors import BonbonError, first_line
 
 _PATIENCE = 10.0  # seconds to reach a cluster's address
 _BEAT, _SILENCE = 2.0, 20.0  # seconds between looks whether the head is there, and until it is not

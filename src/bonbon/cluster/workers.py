@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from bonbon.cluster.attempts import DeadLetter, DeadLetters, Ledger, Mark, Try, reasons
-from bonbon.config import RunConfig
-from bonbon.errors import BonbonError, UnavailableError
-from bonbon.groups import Group, Groups, shard_path, shard_rows
-from bonbon.importing import said
-from bonbon.run_folder import RunFolder
-from bonbon.stages import ShardWork, opened_work
-from bonbon.storage import is_there
+from bonbon.config.run import RunConfig
+from bonbon.groups.group import Group, Groups
+from bonbon.groups.shards import shard_path, shard_rows
+from bonbon.runs.run_folder import RunFolder
+from bonbon.runs.shard_work import ShardWork
+from bonbon.runs.work import opened_work
+from bonbon.system.errors import BonbonError, UnavailableError
+from bonbon.system.storage import is_there
+from bonbon.system.user_functions import said
 
 HOPELESS = 5  # so many prompts of a shard that fail alone, and none that does not: not their fault
 _ENGINES = frozenset({"torch", "vllm"})  # whose exceptions may leave a process broken

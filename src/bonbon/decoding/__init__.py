@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bonbon.lazy import lazy_names
+from bonbon.system.lazy_imports import lazy_names
 
 if TYPE_CHECKING:
     from bonbon.decoding.adaptive import AdaptiveN as AdaptiveN
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from bonbon.decoding.soft import SoftBestOfN as SoftBestOfN
     from bonbon.decoding.source import LocalSource as LocalSource
     from bonbon.decoding.speculative_rejection import SpeculativeRejection as SpeculativeRejection
-    from bonbon.decoding.strategy import Candidates as Candidates
-    from bonbon.decoding.strategy import Cost as Cost
     from bonbon.decoding.strategy import Generation as Generation
     from bonbon.decoding.strategy import Source as Source
     from bonbon.decoding.strategy import Strategy as Strategy
@@ -39,6 +37,8 @@ if TYPE_CHECKING:
     from bonbon.decoding.voting import RewardWeightedVote as RewardWeightedVote
     from bonbon.decoding.voting import SelfConsistency as SelfConsistency
     from bonbon.decoding.voting import ShortestMajorityVote as ShortestMajorityVote
+    from bonbon.sampling.cost import Candidates as Candidates
+    from bonbon.sampling.cost import Cost as Cost
 
 _HOMES = {
     "AdaptiveN": "adaptive",

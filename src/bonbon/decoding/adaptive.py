@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
-from bonbon.config import LARGEST_N
-from bonbon.decoding.strategy import Candidates, Floats, Generation, Source, Strategy, score
-from bonbon.groups import Group, joined
-from bonbon.prompts import EncodedPrompt
+from bonbon.config.training import LARGEST_N
+from bonbon.decoding.strategy import Floats, Generation, Source, Strategy, score
+from bonbon.groups.group import Group, joined
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.cost import Candidates
 
 if TYPE_CHECKING:
-    from bonbon.reward import Reward
+    from bonbon.rewards.reward import Reward
 
 
 def expected_gain(rewards: ArrayLike) -> float:

@@ -8,16 +8,16 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.catalogue import parse_strategy, strategy_name
-from bonbon.decoding.settings import reward_settings
+from bonbon.decoding.config import reward_settings
 from bonbon.decoding.source import LocalSource
 from bonbon.decoding.strategy import Generation, Strategy
-from bonbon.groups import Prompt
-from bonbon.models import load_policy
-from bonbon.prompts import PromptRow, checked_prompt
-from bonbon.reward import Reward
-from bonbon.stages import build_reward
+from bonbon.groups.group import Prompt
+from bonbon.groups.prompts import PromptRow, checked_prompt
+from bonbon.models.loading import load_policy
+from bonbon.rewards.from_config import build_reward
+from bonbon.rewards.reward import Reward
 
 
 def generate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bonbon.decoding.strategy import Floats, Source, WholeDraws, one_hot
-from bonbon.groups import Group
+from bonbon.groups.group import Group
 
 
 class BestOfN(WholeDraws):

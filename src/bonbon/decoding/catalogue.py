@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from bonbon.decoding.strategy import Strategy
-from bonbon.errors import BonbonError
 
 STRATEGIES = {
     "best_of_n": "best_of_n:BestOfN",
@@ -76,17 +75,6 @@ def _explain(kind: type[Strategy], name: str, error: ValidationError) -> list[st
             message = f"{problem['input']!r:.60}: {message}"
         said.append(f"strategy {name}, {where}: {message}" if where else f"{name}: {message}")
     return said
-
-
-def check_independent(provenance: Mapping[str, Any], purpose: str) -> None:
-    """Raise BonbonError for groups whose completions are no independent draws of the base model."""
-    strategy = provenance.get("strategy")
-    if strategy is not None and not strategy_class(strategy["name"]).independent:
-        raise BonbonError(
-            f"the groups were made by strategy {strategy['name']}, which steers what is drawn, so "
-            f"that their ranks are not those of the base model's draws; {purpose} groups of "
-            "`bonbon sample`, or of a strategy such as best_of_n"
-        )
 
 
 def strategy_name(strategy: Strategy) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bonbon.decoding.strategy import Floats, Source
-from bonbon.errors import BonbonError, UserCodeError
-from bonbon.groups import Group
-from bonbon.importing import import_function, said
+from bonbon.groups.group import Group
+from bonbon.system.errors import BonbonError, UserCodeError
+from bonbon.system.user_functions import import_function, said
 
 EMBEDDING = "embedding"
 
@@ -102,8 +102,8 @@ def embed_texts(name: str, texts: Sequence[str]) -> Floats:
     Special tokens count; texts too long for the model are cut at their end; a text without tokens
     has a vector of zeros. Raises BonbonError when the model cannot be loaded (from safetensors).
     """
-    from bonbon.batching import token_batches
-    from bonbon.models import forward_batch_tokens
+    from bonbon.models.loading import forward_batch_tokens
+    from bonbon.models.padding import token_batches
 
     model, tokenizer = _embedding_model(name)
     longest = _longest_input(model, tokenizer)
@@ -130,7 +130,7 @@ def _embedding_model(name: str) -> tuple[Any, Any]:
     """The model, in evaluation mode, and its tokenizer; kept, since every prompt asks again."""
     from transformers import AutoModel, AutoTokenizer
 
-    from bonbon.models import load_pretrained, pick_device, pick_dtype
+    from bonbon.models.loading import load_pretrained, pick_device, pick_dtype
 
     device = pick_device()
     dtype = pick_dtype("auto", device)

@@ -11,13 +11,15 @@ from typing import cast
 import numpy as np
 from pydantic import ValidationError
 
-from bonbon.decoding.catalogue import check_independent, parse_strategy, strategy_class
+from bonbon.config.settings import parse_overrides
+from bonbon.decoding.catalogue import parse_strategy, strategy_class
 from bonbon.decoding.regularised import Regularised
 from bonbon.decoding.strategy import Floats, Source, WholeDraws
-from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure, bootstrap
-from bonbon.groups import Group, read_groups
-from bonbon.settings import parse_overrides
+from bonbon.groups.group import Group
+from bonbon.groups.provenance import check_independent
+from bonbon.groups.shards import read_groups
+from bonbon.system.errors import BonbonError
 
 # Five a decade; times the scale at which reward and regularisation weigh the same.
 _GRID = np.geomspace(1e-4, 1e1, 26)
@@ -175,8 +177,8 @@ def fit_on_folder(
 
 
 def _source(model: str) -> Source:
-    from bonbon.config import SamplingConfig
+    from bonbon.config.sampling import SamplingConfig
     from bonbon.decoding.source import LocalSource
-    from bonbon.models import load_policy
+    from bonbon.models.loading import load_policy
 
     return LocalSource(*load_policy(model), SamplingConfig())

@@ -23,18 +23,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field
 
+from bonbon.config.settings import Settings
 from bonbon.decoding.strategy import Floats, Source
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.settings import Settings
+from bonbon.groups.group import Group
+from bonbon.system.errors import BonbonError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from bonbon.batching import PaddedRows
-    from bonbon.reward import Reward
+    from bonbon.models.padding import PaddedRows
+    from bonbon.rewards.reward import Reward
 
 # Scores of a group's completions, (n,), in the reward's unit; the second argument says which of
 # them are whole.
@@ -56,7 +56,7 @@ def by_reward(reward: Reward) -> Score:
 
     The score raises BonbonError for rewards that are not finite.
     """
-    from bonbon.reward import score_groups
+    from bonbon.rewards.reward import score_groups
 
     def score(group: Group, whole: Sequence[bool]) -> Floats:
         return np.array(score_groups(reward, [group])[0], dtype=np.float64)
@@ -107,7 +107,7 @@ def token_log_ratios(name: str, source: Source) -> LogRatios:
 @lru_cache(maxsize=1)
 def _load(name: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
     """The tuned policy, kept so that it is loaded once however often a strategy is called."""
-    from bonbon.models import load_policy
+    from bonbon.models.loading import load_policy
 
     model, tokenizer = load_policy(name, device=device)
     return model.to(dtype=dtype), tokenizer
@@ -127,8 +127,8 @@ def _check_vocabulary(name: str, tuned: PreTrainedModel, tokenizer: Tokenizer, b
 
 def _token_log_probs(model: PreTrainedModel, group: Group, temperature: float) -> list[Floats]:
     """ln π of each completion's tokens behind the prompt, one vector a completion."""
-    from bonbon.batching import pad_rows, token_batches
-    from bonbon.models import forward_batch_tokens
+    from bonbon.models.loading import forward_batch_tokens
+    from bonbon.models.padding import pad_rows, token_batches
 
     lengths = [len(group.prompt_token_ids) + count for count in group.lengths()]
     found: list[Floats] = [np.empty(0)] * group.n
@@ -144,7 +144,7 @@ def _forward(model: PreTrainedModel, rows: PaddedRows, temperature: float) -> Fl
     """ln π of the rows' completions, (rows, longest completion); padding has a number too."""
     import torch
 
-    from bonbon.logprobs import last_log_probs
+    from bonbon.models.logprobs import last_log_probs
 
     inputs: dict[str, Any] = {  # The last column predicts nothing.
         "input_ids": rows.input_ids[:, :-1].to(model.device),

@@ -23,12 +23,12 @@ from scipy.special import softmax
 from bonbon.decoding.distances import EMBEDDING, distances, load_distance
 from bonbon.decoding.soft import above_the_best
 from bonbon.decoding.strategy import Floats, Generation, Source, WholeDraws, one_hot
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.prompts import EncodedPrompt
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.system.errors import BonbonError
 
 if TYPE_CHECKING:
-    from bonbon.reward import Reward
+    from bonbon.rewards.reward import Reward
 
 # --- formulas -------------------------------------------------------------------------------------
 

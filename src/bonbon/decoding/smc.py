@@ -28,13 +28,13 @@ from scipy.special import logsumexp, softmax
 from bonbon.decoding.partial import Partial, Score, by_reward, token_log_ratios
 from bonbon.decoding.stepwise import MOST_TOKENS, ScoredRows, Stepwise
 from bonbon.decoding.strategy import Floats, Generation, Source, StepwiseSource, pick
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.prompts import EncodedPrompt
-from bonbon.streams import uniform_stream
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.random_streams import uniform_stream
+from bonbon.system.errors import BonbonError
 
 if TYPE_CHECKING:
-    from bonbon.reward import Reward
+    from bonbon.rewards.reward import Reward
 
 # --- weights --------------------------------------------------------------------------------------
 

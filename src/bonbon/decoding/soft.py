@@ -9,12 +9,12 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 from scipy.special import softmax
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
 from bonbon.decoding.strategy import Floats, Source, WholeDraws
-from bonbon.groups import Group
-from bonbon.prompts import EncodedPrompt
-from bonbon.streams import uniform_stream
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.random_streams import uniform_stream
 
 
 def above_the_best(rewards: ArrayLike, tau: float) -> Floats:

@@ -10,15 +10,16 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.batching import PaddedRows, pad_rows, token_batches
-from bonbon.config import SamplingConfig
-from bonbon.decoding.strategy import Candidates, Floats
-from bonbon.groups import Group
-from bonbon.logprobs import full_precision
-from bonbon.models import forward_batch_tokens
-from bonbon.prompts import EncodedPrompt, PromptRow
-from bonbon.rows import Rows
-from bonbon.sampling import TransformersSampler
+from bonbon.config.sampling import SamplingConfig
+from bonbon.decoding.strategy import Floats
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt, PromptRow
+from bonbon.models.forward import full_precision
+from bonbon.models.loading import forward_batch_tokens
+from bonbon.models.padding import PaddedRows, pad_rows, token_batches
+from bonbon.sampling.cost import Candidates
+from bonbon.sampling.generation_loop import Rows
+from bonbon.sampling.transformers import TransformersSampler
 
 
 class LocalSource:

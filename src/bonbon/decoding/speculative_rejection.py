@@ -8,22 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import Field
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.partial import Score
-from bonbon.decoding.stepwise import (
-    MOST_TOKENS,
-    ScoredRows,
-    Stepwise,
-    best_first,
-    best_whole,
-)
+from bonbon.decoding.stepwise import MOST_TOKENS, ScoredRows, Stepwise, best_first, best_whole
 from bonbon.decoding.strategy import Generation, StepwiseSource
-from bonbon.errors import BonbonError
-from bonbon.groups import joined
-from bonbon.prompts import EncodedPrompt
+from bonbon.groups.group import joined
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.system.errors import BonbonError
 
 if TYPE_CHECKING:
-    from bonbon.reward import Reward
+    from bonbon.rewards.reward import Reward
 
 
 def survivors(live: int, alpha: float) -> int:

@@ -11,22 +11,15 @@ from numpy.typing import NDArray
 
 from bonbon.decoding.catalogue import strategy_name
 from bonbon.decoding.partial import Score, by_reward
-from bonbon.decoding.strategy import (
-    Cost,
-    Floats,
-    Generation,
-    Source,
-    StepwiseSource,
-    Strategy,
-    timed,
-)
-from bonbon.errors import BonbonError
-from bonbon.groups import Group
-from bonbon.prompts import EncodedPrompt
+from bonbon.decoding.strategy import Floats, Generation, Source, StepwiseSource, Strategy
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.cost import Cost, timed
+from bonbon.system.errors import BonbonError
 
 if TYPE_CHECKING:
-    from bonbon.reward import Reward
-    from bonbon.rows import Rows
+    from bonbon.rewards.reward import Reward
+    from bonbon.sampling.generation_loop import Rows
 
 MOST_TOKENS = 2**31  # of a setting that counts tokens
 REJECTED = "rejected"  # the finish reason of a completion that was given up before its end

@@ -14,58 +14,26 @@ Two kinds differ in what they need:
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bonbon.config import SamplingConfig
-from bonbon.groups import Group
-from bonbon.prompts import EncodedPrompt
-from bonbon.settings import Settings
-from bonbon.streams import uniform_stream
+from bonbon.config.sampling import SamplingConfig
+from bonbon.config.settings import Settings
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.cost import Candidates, Cost, timed
+from bonbon.sampling.random_streams import uniform_stream
 
 if TYPE_CHECKING:
-    from bonbon.reward import Reward
-    from bonbon.rows import Rows
+    from bonbon.rewards.reward import Reward
+    from bonbon.sampling.generation_loop import Rows
+
 
 Floats = NDArray[np.float64]
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What answers cost; costs add up.
-
-    `generated`: tokens drawn from the policy, those of rejected candidates included. `prefilled`:
-    prompt tokens it read, each once where a prompt's cache serves several rows. `reward_calls`:
-    completions scored, partial ones included. `seconds`: a prompt's share of the wall clock.
-    """
-
-    generated: int = 0
-    prefilled: int = 0
-    reward_calls: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.generated + other.generated,
-            self.prefilled + other.prefilled,
-            self.reward_calls + other.reward_calls,
-            self.seconds + other.seconds,
-        )
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Completions of one prompt and what they cost so far."""
-
-    group: Group
-    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -196,7 +164,7 @@ def pick(weights: Floats, seed: int, prompt_id: str) -> int:
 
 def score(candidates: Sequence[Candidates], reward: Reward) -> list[Candidates]:
     """The candidates with their rewards, all scored in one call of the reward, and its cost."""
-    from bonbon.reward import score_groups
+    from bonbon.rewards.reward import score_groups
 
     total = sum(found.group.n for found in candidates)
     if total == 0:
@@ -209,10 +177,3 @@ def score(candidates: Sequence[Candidates], reward: Reward) -> list[Candidates]:
         )
         for found, values in zip(candidates, rewards, strict=True)
     ]
-
-
-def timed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
-    """What a function returns, and the seconds it took."""
-    began = time.perf_counter()
-    result = function(*args, **kwargs)
-    return result, time.perf_counter() - began

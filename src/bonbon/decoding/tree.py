@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from bonbon.config import LARGEST_N
+from bonbon.config.training import LARGEST_N
 from bonbon.decoding.partial import (
     Partial,
     Score,
@@ -17,19 +17,14 @@ from bonbon.decoding.partial import (
     token_log_ratios,
     weighted_implicit_reward,
 )
-from bonbon.decoding.stepwise import (
-    REJECTED,
-    ScoredRows,
-    Stepwise,
-    best_first,
-    best_whole,
-)
-from bonbon.decoding.strategy import Cost, Floats, Generation, Source, StepwiseSource
-from bonbon.groups import Group, joined
-from bonbon.prompts import EncodedPrompt
+from bonbon.decoding.stepwise import REJECTED, ScoredRows, Stepwise, best_first, best_whole
+from bonbon.decoding.strategy import Floats, Generation, Source, StepwiseSource
+from bonbon.groups.group import Group, joined
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.cost import Cost
 
 if TYPE_CHECKING:
-    from bonbon.reward import Reward
+    from bonbon.rewards.reward import Reward
 
 
 def children(parents: int, places: int) -> list[int]:

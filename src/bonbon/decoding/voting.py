@@ -22,13 +22,13 @@ from pydantic import Field
 
 from bonbon.decoding.soft import above_the_best
 from bonbon.decoding.strategy import Floats, Generation, Source, WholeDraws, one_hot
-from bonbon.errors import UserCodeError
-from bonbon.groups import Group
-from bonbon.importing import import_function, said
-from bonbon.prompts import EncodedPrompt
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.system.errors import UserCodeError
+from bonbon.system.user_functions import import_function, said
 
 if TYPE_CHECKING:
-    from bonbon.reward import Reward
+    from bonbon.rewards.reward import Reward
 
 Answers = Sequence[str | None]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bonbon.config import RunConfig, parse_config
+from bonbon.config.run import RunConfig, parse_config
 
 if TYPE_CHECKING:
-    from bonbon.groups import Group
-    from bonbon.run_folder import RunFolder
+    from bonbon.groups.group import Group
+    from bonbon.runs.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 STORY_MODEL = HERE / "story-model"
@@ -54,7 +54,7 @@ def side_by_side(folder: RunFolder, openings: int = 5) -> str:
     They are taken evenly from the list and not chosen by what they show; before each continuation
     stands its gold reward.
     """
-    from bonbon.groups import read_groups
+    from bonbon.groups.shards import read_groups
 
     base = read_groups(folder.evaluation / "base")
     aligned = read_groups(folder.evaluation / folder.config.model_name)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bonbon.errors import BonbonError
-from bonbon.groups import Prompt
+from bonbon.groups.group import Prompt
+from bonbon.system.errors import BonbonError
 
 
 @cache

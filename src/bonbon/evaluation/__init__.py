@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bonbon.lazy import lazy_names
+from bonbon.system.lazy_imports import lazy_names
 
 if TYPE_CHECKING:
     from bonbon.evaluation.best_of_k import BestOfK as BestOfK

@@ -17,7 +17,7 @@ from scipy.integrate import quad
 from scipy.special import log_ndtr
 
 from bonbon.evaluation.figures import Figure, Floats, bootstrap
-from bonbon.tilt import BestOfN
+from bonbon.tilt.best_of_n import BestOfN
 
 # --- one prompt -----------------------------------------------------------------------------------
 

@@ -8,194 +8,16 @@ less its mean under the base model, over the same prompts. Nothing here needs to
 
 from __future__ import annotations
 
-import math
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bonbon.evaluation.diversity import distinct, repetition, self_bleu
 from bonbon.evaluation.figures import Figure, Floats, bootstrap
-from bonbon.groups import Group
-
-__all__ = [
-    "COMPLETION_METRICS",
-    "GROUP_METRICS",
-    "CompletionMetric",
-    "GroupMetric",
-    "Metric",
-    "distinct",
-    "drift_at_equal_win_rate",
-    "drift_from_base",
-    "is_refusal",
-    "metrics_for",
-    "repetition",
-    "self_bleu",
-    "words",
-]
-
-# --- words ----------------------------------------------------------------------------------------
-
-# Han, kana, Thai, Lao, Burmese and Khmer are written without spaces between words.
-_SPACELESS = (
-    r"\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    r"\U00020000-\U000323af\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-)
-
-
-@lru_cache(maxsize=1)
-def _word_pattern() -> re.Pattern[str]:
-    # To `\w` a combining mark is no letter, and would break every Hindi or Thai word in pieces.
-    marks = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
-    character = rf"(?=[^\W_])[{_SPACELESS}][{marks}]*"
-    run = rf"[^\W_{_SPACELESS}](?:[^\W_{_SPACELESS}]|[{marks}])*"
-    return re.compile(f"{character}|{run}")
-
-
-def words(text: str) -> list[str]:
-    """A text's words in lower case: runs of letters and digits, without punctuation.
-
-    In scripts without spaces each character is a word. An apostrophe or a hyphen parts words.
-    """
-    return _word_pattern().findall(unicodedata.normalize("NFC", text.lower()))
-
-
-def _ngrams(tokens: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
-    return zip(*(tokens[start:] for start in range(n)), strict=False)
-
-
-# --- figures of one completion --------------------------------------------------------------------
-
-
-def repetition(text: str, n: int = 4) -> float:
-    """The share of a text's word n-grams that occurred in it before; 0 where it has none.
-
-    1 − distinct/all: seq-rep-n of Welleck et al. 2020 (arXiv 1908.04319).
-    """
-    ngrams = list(_ngrams(words(text), n))
-    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-
-
-_REFUSAL_STARTS = 200  # characters from the beginning
-
-_QUOTES = str.maketrans(dict.fromkeys("“”„«»＂", '"') | dict.fromkeys("‘’‚ʼ′´`", "'"))
-# Also from a quote's beginning to the end where it is cut off; within a word ' is an apostrophe.
-_SPEECH = re.compile(r"""".*?(?:"|$)|(?<!\w)'.*?(?:'(?!\w)|$)""")
-
-_UNABLE = r"(?:can ?not|can'?t|won'?t|will not|refuse to|(?:'m|am|'re|are) (?:unable|not able) to)"
-# What an assistant refuses to do; idioms such as "I can't help but" are no refusals.
-_TASK = (
-    r"(?:help(?! but\b| it\b| myself\b| \w+ing\b)|assist|provide(?! for\b)|answer|respond|comply"
-    r"|fulfill?|engage|participate|discuss|offer|share|suggest|recommend(?!.* enough)|generate"
-    r"|produce|create|write|complete|accommodate|facilitate|promote|encourage|condone|support"
-    r"|give (?:you|out|advice|any|instructions|medical|legal|specific)|tell you(?! how (?!to\b))"
-    r"|access|browse|continue (?:this|with)|do (?:that|this|so)\b)"
-)
-_TASKS_DONE = (
-    r"(?:with |(?:help|assist|provid|answer|discuss|shar|giv|writ|creat|generat|engag)ing)"
-)
-_MACHINE = (
-    r"an? (?:(?:large |ai |artificial intelligence )*language model"
-    r"|(?:ai|artificial intelligence)(?: (?:assistant|model|system|chatbot))?)"
-)
-_REFUSALS = (
-    r"\A\W*(?:(?:oh|no|well)\W+)?(?:i(?:'?m| am) )?(?:(?:so|very|really|truly) )?(?:sorry|afraid)"
-    rf"(?:,? but\b|[,.]? (?:i|we) ?{_UNABLE}(?!\w))",
-    r"\A\W*(?:i|my) apolog(?:i[sz]e|ies),? but\b",
-    rf"(?<!if )(?<!when )(?<!why )(?<!what )\bi ?{_UNABLE} "
-    rf"(?:(?:and|or) {_UNABLE} )?(?:(?:directly|really|ethically|in good conscience),? )?{_TASK}",
-    rf"\bi(?:(?:'?m| am) not| do not feel| don't feel) comfortable {_TASKS_DONE}",
-    r"\bi (?:must|have to|will have to) (?:respectfully |politely )?decline\b",
-    rf"\bas {_MACHINE}(?=,| i\b| my\b| developed| created| trained| designed| without)",
-    rf"\bi(?:'?m| am) (?:just|only) {_MACHINE}(?! \w+(?:er|ist)\b)",
-)
-_REFUSAL = "|".join(_REFUSALS)
-
-
-def is_refusal(text: str) -> bool:
-    """Whether a completion refuses, by phrases in its first 200 characters; English only.
-
-    It catches an opening "I'm sorry, but" or "Sorry, I can't"; a first person who can't, won't or
-    is unable to do what assistants do ("I cannot provide", not "I cannot believe"); discomfort with
-    it; declining; and "As an AI". Speech in quotes does not count, nor "if I can't": a story's
-    characters refuse, not the model. It misses refusals in other words, takes a letter's "I cannot
-    offer you the post" for one, and ignorance ("I'm sorry, but I don't know") too. Refusals have
-    been told by phrases since Zou et al. 2023 (arXiv 2307.15043).
-    """
-    plain = " ".join(text.split())[:_REFUSAL_STARTS].translate(_QUOTES)
-    return re.search(_REFUSAL, _SPEECH.sub('""', plain), re.IGNORECASE) is not None
-
-
-# --- figures of a prompt's completions together ---------------------------------------------------
-
-
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct word n-grams over all n-grams of the texts together (Li et al. 2016); 0 for none.
-
-    It falls with the texts' number and length (arXiv 1510.03055).
-    """
-    ngrams = [ngram for text in texts for ngram in _ngrams(words(text), n)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-
-
-_ORDERS = 4
-
-
-def self_bleu(texts: Sequence[str]) -> float:
-    """Mean BLEU-4 of each text with the others as its references, in [0, 1]; 1 for equal texts.
-
-    Self-BLEU of Zhu et al. 2018 (arXiv 1802.01886), BLEU as sacrebleu's for sentences: effective
-    order and exponential smoothing (Post 2018, arXiv 1804.08771). A text without words scores 1
-    beside another such text and else 0. NaN for fewer than two texts.
-    """
-    if len(texts) < 2:
-        return math.nan
-    tokens = [words(text) for text in texts]
-    bags = [[Counter(_ngrams(row, n)) for n in range(1, _ORDERS + 1)] for row in tokens]
-    second = [_second_largest([bag[order] for bag in bags]) for order in range(_ORDERS)]
-    lengths = [len(row) for row in tokens]
-    scores = []
-    for i, bag in enumerate(bags):
-        # The others' largest count, clipped at a text's own, is the second largest so clipped.
-        matched = [
-            sum(min(count, counts[ngram]) for ngram, count in own.items())
-            for own, counts in zip(bag, second, strict=True)
-        ]
-        others = lengths[:i] + lengths[i + 1 :]
-        reference = min(others, key=lambda other: (abs(other - lengths[i]), other))
-        scores.append(_sentence_bleu(matched, lengths[i], reference))
-    return sum(scores) / len(scores)
-
-
-def _second_largest(bags: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str, ...], int]:
-    """Of each n-gram's counts in the bags the second largest, equal ones counted singly."""
-    largest: dict[tuple[str, ...], int] = {}
-    second: dict[tuple[str, ...], int] = {}
-    for bag in bags:
-        for ngram, count in bag.items():
-            top = largest.get(ngram, 0)
-            largest[ngram] = max(top, count)
-            second[ngram] = max(second.get(ngram, 0), min(top, count))
-    return second
-
-
-def _sentence_bleu(matched: Sequence[int], length: int, reference: int) -> float:
-    """BLEU of `length` words from the n-grams matched of each order, and the reference's length."""
-    if length == 0:
-        return float(reference == 0)
-    if not any(matched):
-        return 0.0
-    logs, smoothing = [], 1.0
-    for order, hits in enumerate(matched[:length]):
-        if hits == 0:  # the k-th order without a match counts 1/2^k matches
-            smoothing /= 2
-        logs.append(math.log((hits or smoothing) / (length - order)))
-    return math.exp(min(0.0, 1 - reference / length) + sum(logs) / len(logs))
-
+from bonbon.evaluation.refusals import is_refusal
+from bonbon.groups.group import Group
 
 # --- metrics --------------------------------------------------------------------------------------
 
@@ -276,6 +98,7 @@ COMPLETION_METRICS = {
         ),
     )
 }
+
 
 GROUP_METRICS = {
     metric.name: metric

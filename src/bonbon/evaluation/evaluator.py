@@ -32,14 +32,10 @@ from bonbon.evaluation.figures import Figure, Floats, bootstrap
 from bonbon.evaluation.length_control import length_controlled_win_rate
 from bonbon.evaluation.results import BestOfNKL, Draws, ModelEvaluation, PairEvaluation
 from bonbon.evaluation.win_rates import paired_difference, win_rate_figure
-from bonbon.groups import Group
-from bonbon.tilt import (
-    BestOfN,
-    best_of_n_kl_estimate,
-    best_of_n_pmf,
-    kl_pmf,
-    optimal_kl,
-)
+from bonbon.groups.group import Group
+from bonbon.tilt.best_of_n import BestOfN
+from bonbon.tilt.discrete import best_of_n_kl_estimate, best_of_n_pmf, kl_pmf
+from bonbon.tilt.exponential import optimal_kl
 
 # Distinct completions have to hold all of the base model's mass but this for their KL to be exact.
 _MISSING_MASS = 1e-4

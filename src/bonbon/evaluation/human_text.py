@@ -18,13 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from bonbon.batching import PaddedRows, pad_rows, token_batches
-from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure, Floats, bootstrap
 from bonbon.evaluation.kl import whole_logits_batch_tokens
-from bonbon.logprobs import completion_log_probs
-from bonbon.models import context_length, devices_of, forward_batch_tokens
-from bonbon.prompts import check_text, read_records
+from bonbon.groups.tables import check_text, read_records
+from bonbon.models.loading import context_length, devices_of, forward_batch_tokens
+from bonbon.models.logprobs import completion_log_probs
+from bonbon.models.padding import PaddedRows, pad_rows, token_batches
+from bonbon.system.errors import BonbonError
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _ratio(
 def read_texts(path: Path, column: str = "text", limit: int | None = None) -> list[str]:
     """The texts in a column of a JSONL, CSV or Parquet file, or each line of a text file.
 
-    Raises BonbonError, naming file and row, where `bonbon.prompts.read_prompts` does: an unknown
+    Raises BonbonError, naming file and row, where `groups.prompts.read_prompts` does: an unknown
     file type, a missing column, text that is not UTF-8, a broken row, an empty text, or no texts.
     """
     texts: list[str] = []

@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from bonbon.batching import pad_rows, token_batches
-from bonbon.config import SamplingConfig
-from bonbon.groups import Group
-from bonbon.logprobs import last_logits
-from bonbon.models import forward_batch_tokens
-from bonbon.rows import warped_log_probs
+from bonbon.config.sampling import SamplingConfig
+from bonbon.groups.group import Group
+from bonbon.models.forward import last_logits
+from bonbon.models.loading import forward_batch_tokens
+from bonbon.models.padding import pad_rows, token_batches
+from bonbon.sampling.distribution import warped_log_probs
 
 # At most this many logits of one model are held at once while KLs are computed (1 GiB in float32).
 _LOGITS = 2**28

@@ -8,7 +8,7 @@ from typing import Any
 
 from bonbon.evaluation.best_of_k import BestOfK
 from bonbon.evaluation.figures import Figure
-from bonbon.groups import Group
+from bonbon.groups.group import Group
 
 
 @dataclass(frozen=True)

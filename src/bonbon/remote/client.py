@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from bonbon.endpoints import Endpoint, backoff, is_passing, retry_after_seconds, said
+from bonbon.remote.endpoints import Endpoint, backoff, is_passing, retry_after_seconds, said
 
 T = TypeVar("T")
 

@@ -16,12 +16,12 @@ def write_report(folder: Path) -> Path:
     Raises BonbonError when the folder holds no readable evaluation, or cannot be written.
     """
     # Drawing and templates load late, as they take a second.
-    from bonbon.files import write_text
     from bonbon.report.browser import embed
     from bonbon.report.charts import draw_charts
     from bonbon.report.data import read_run
     from bonbon.report.page import markdown_text, page, summarise
     from bonbon.report.theme import SvgStyles
+    from bonbon.system.atomic_files import write_text
 
     run = read_run(folder)
     styles = SvgStyles()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bonbon.groups import Group, Prompt
+from bonbon.groups.group import Group, Prompt
 from bonbon.report.data import BASE, Policy, Run
 
 BLOCK = 50  # prompts

@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
-from bonbon.errors import BonbonError
 from bonbon.evaluation.figures import Figure
-from bonbon.files import read_json
-from bonbon.groups import Group, read_groups, shard_paths
+from bonbon.groups.group import Group
+from bonbon.groups.shards import read_groups, shard_paths
+from bonbon.system.atomic_files import read_json
+from bonbon.system.errors import BonbonError
 
 BASE = "base"
 

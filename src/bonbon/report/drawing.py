@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bonbon.files import atomic_path, write_text
 from bonbon.report.data import Run
 from bonbon.report.tables import Table
 from bonbon.report.theme import PAPER, SvgStyles, mark
+from bonbon.system.atomic_files import atomic_path, write_text
 
 _WIDTH = 5.6  # inches; narrow, so that letters stay readable when a phone scales it down
 INK, MUTED = PAPER["ink"], PAPER["muted"]

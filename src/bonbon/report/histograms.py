@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bonbon.groups import Group
+from bonbon.groups.group import Group
 from bonbon.report.data import BASE, Run
-from bonbon.tilt import best_of_n_rank_weights
+from bonbon.tilt.ranks import best_of_n_rank_weights
 
 Floats = NDArray[np.float64]
 _MOST_BINS = 40

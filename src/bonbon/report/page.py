@@ -7,14 +7,14 @@ import hashlib
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from bonbon import __version__
+from bonbon.config.settings import flatten
 from bonbon.report import tables, words
 from bonbon.report.browser import Browser
 from bonbon.report.data import Run
@@ -24,7 +24,7 @@ from bonbon.report.numbers import number, shown
 from bonbon.report.ranking import ranked
 from bonbon.report.tables import Table, table
 from bonbon.report.theme import SvgStyles, variables
-from bonbon.settings import flatten
+from bonbon.system.version import installed_version
 
 _HERE = Path(__file__).parent
 # What can begin something in a line of GitHub's Markdown; the rest is left readable.
@@ -48,7 +48,7 @@ class Summary:
     settings: Table | None
     command: str
     glossary: Mapping[str, str]
-    version: str = __version__
+    version: str = field(default_factory=installed_version)
 
 
 def summarise(run: Run) -> Summary:

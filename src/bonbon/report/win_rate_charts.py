@@ -14,7 +14,7 @@ from bonbon.report.drawing import INK, MUTED, Chart, add_legend, finish, looks, 
 from bonbon.report.numbers import number, shown
 from bonbon.report.tables import Table, best_of_k_table, table
 from bonbon.report.theme import PAPER, SvgStyles
-from bonbon.tilt import optimal_win_rate
+from bonbon.tilt.exponential import optimal_win_rate
 
 
 def win_rate_kl(run: Run, styles: SvgStyles, plots: Path) -> Iterator[Chart]:

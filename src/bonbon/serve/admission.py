@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from bonbon.serve.answers import bad_request
+from bonbon.serve.api.errors import stopping
 from bonbon.serve.backend import BackendError
-from bonbon.serve.errors import stopping
 
 # A place in the queue; done when the job may run.
 Ticket = asyncio.Future[None]

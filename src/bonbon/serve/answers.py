@@ -15,12 +15,12 @@ import numpy as np
 
 from bonbon.decoding.catalogue import strategy_name
 from bonbon.decoding.strategy import Generation
-from bonbon.errors import BonbonError, UserCodeError
-from bonbon.groups import Prompt
+from bonbon.groups.group import Prompt
 from bonbon.serve.backend import Answer, BackendError, Choice, Job, TokenLogprob
+from bonbon.system.errors import BonbonError, UserCodeError
 
 if TYPE_CHECKING:
-    from bonbon.reward import Reward
+    from bonbon.rewards.reward import Reward
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class GuardedReward:
     stopped: Callable[[], bool]
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """See `bonbon.reward.Reward`."""
+        """See `bonbon.rewards.reward.Reward`."""
         while not self.lock.acquire(timeout=_TURN_SECONDS):
             if self.stopped():
                 raise out_of_time()

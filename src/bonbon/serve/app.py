@@ -18,16 +18,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from bonbon import __version__
 from bonbon.serve.admission import Admission
 from bonbon.serve.answers import bad_request
+from bonbon.serve.api.errors import error_response, json_response, routing_error
+from bonbon.serve.api.openapi import GENERATION, document, errors
+from bonbon.serve.api.schemas import ChatCompletion, Completion, Health, ModelList, ModelObject
 from bonbon.serve.backend import Backend, BackendError
 from bonbon.serve.config import ServeConfig, api_key
-from bonbon.serve.errors import error_response, json_response, routing_error
 from bonbon.serve.metrics import create_metrics
 from bonbon.serve.middleware import authorised, named_locally, observed
-from bonbon.serve.openapi import GENERATION, document, errors
-from bonbon.serve.schemas import ChatCompletion, Completion, Health, ModelList, ModelObject
 from bonbon.serve.service import (
     CHAT,
     COMPLETIONS,
@@ -37,6 +36,7 @@ from bonbon.serve.service import (
     known_model,
     respond,
 )
+from bonbon.system.version import installed_version
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def create_app(service: Service) -> FastAPI:
     # Its documentation pages would load scripts from elsewhere.
     app = FastAPI(
         title="bonbon serve",
-        version=__version__,
+        version=installed_version(),
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -75,7 +75,9 @@ def create_app(service: Service) -> FastAPI:
     else:
         app.add_middleware(named_locally)
     app.add_middleware(observed, count=service.metrics.count_request)
-    app.openapi = lambda: document(app, service, bool(key))  # type: ignore[method-assign]
+    app.openapi = lambda: document(  # type: ignore[method-assign]
+        app, service.config, service.passthrough, bool(key)
+    )
     return app
 
 

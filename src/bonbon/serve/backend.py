@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from bonbon.config import SamplingConfig
-from bonbon.decoding.strategy import Cost, Generation, Strategy
-from bonbon.groups import Prompt
+from bonbon.config.sampling import SamplingConfig
+from bonbon.decoding.strategy import Generation, Strategy
+from bonbon.groups.group import Prompt
+from bonbon.sampling.cost import Cost
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from bonbon.config import ModelConfig, RewardConfig
+from bonbon.config.reward import RewardConfig
+from bonbon.config.sampling import ModelConfig
+from bonbon.config.settings import parse_settings
 from bonbon.decoding.catalogue import strategy_name
-from bonbon.decoding.settings import check_reward, without_run_sections
-from bonbon.errors import BonbonError
+from bonbon.decoding.config import check_reward, without_run_sections
 from bonbon.serve.backend import Backend
 from bonbon.serve.config import ServeConfig
-from bonbon.serve.upstream_client import UpstreamConfig
-from bonbon.settings import parse_settings
+from bonbon.serve.upstream.client import UpstreamConfig
+from bonbon.system.errors import BonbonError
 
 # What an upstream does about a completion and we have no part in.
 PASSED_ON = frozenset(
@@ -77,13 +78,13 @@ def serve(settings: ServeSettings) -> None:
         raise BonbonError(
             f"the server needs {error.name}: pip install 'bonbon-align[serve]'"
         ) from error
+    from bonbon.rewards.from_config import build_reward
     from bonbon.serve.config import api_key
-    from bonbon.stages import build_reward
 
     api_key(settings)  # or a wrong one would be noticed once everything is loaded
     reward = None if settings.reward is None else build_reward(settings.reward)
     if settings.upstream is not None:
-        from bonbon.serve.upstream import UpstreamBackend
+        from bonbon.serve.upstream.backend import UpstreamBackend
 
         upstream = UpstreamBackend(settings.upstream, reward)
         run.serve(settings, lambda: upstream, PASSED_ON)
@@ -93,8 +94,8 @@ def serve(settings: ServeSettings) -> None:
 
 
 def _local_backend(settings: ServeSettings, reward: Any) -> Backend:
-    from bonbon.serve.local import LocalBackend
-    from bonbon.stages import load_model
+    from bonbon.sampling.from_config import load_model
+    from bonbon.serve.local.backend import LocalBackend
 
     assert settings.model is not None
     model, tokenizer = load_model(settings.model)

@@ -6,11 +6,11 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from bonbon.config import SamplingConfig
-from bonbon.decoding.settings import DEFAULT_STRATEGY, StrategySetting
-from bonbon.endpoints import is_loopback, secret_from
-from bonbon.errors import BonbonError
-from bonbon.settings import Settings
+from bonbon.config.sampling import SamplingConfig
+from bonbon.config.settings import Settings
+from bonbon.decoding.config import DEFAULT_STRATEGY, StrategySetting
+from bonbon.remote.endpoints import is_loopback, secret_from
+from bonbon.system.errors import BonbonError
 
 
 class ServeConfig(Settings):

@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
 from bonbon.serve.answers import bad_request
+from bonbon.serve.api.errors import client_gone, stopping
 from bonbon.serve.backend import BackendError
-from bonbon.serve.errors import client_gone, stopping
 
 T = TypeVar("T")
 

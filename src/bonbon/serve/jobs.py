@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from bonbon.config import SamplingConfig
+from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.catalogue import describe_strategy, parse_strategy
 from bonbon.decoding.strategy import Strategy
-from bonbon.groups import Prompt
+from bonbon.groups.group import Prompt
 from bonbon.serve.answers import bad_request
+from bonbon.serve.api.requests import ChatRequest, CompletionRequest, GenerationRequest, Message
 from bonbon.serve.backend import Job
 from bonbon.serve.config import ServeConfig
-from bonbon.serve.requests import ChatRequest, CompletionRequest, GenerationRequest, Message
 
 # Below this a softmax in float32 is the most likely token alone, or overflows.
 _COLDEST = 1e-5

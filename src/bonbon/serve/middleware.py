@@ -12,8 +12,8 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bonbon.endpoints import is_loopback
-from bonbon.serve.errors import (
+from bonbon.remote.endpoints import is_loopback
+from bonbon.serve.api.errors import (
     CLIENT_GONE,
     error_response,
     internal_error,

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from bonbon.errors import BonbonError
 from bonbon.serve.app import create_app, create_service
 from bonbon.serve.backend import Backend
 from bonbon.serve.config import ServeConfig, api_key
 from bonbon.serve.service import Service
+from bonbon.system.errors import BonbonError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048

@@ -15,15 +15,20 @@ from starlette.types import Receive
 
 from bonbon.serve.admission import Admission, Ticket
 from bonbon.serve.answers import out_of_time
+from bonbon.serve.api.errors import json_response
+from bonbon.serve.api.replies import chat_completion, completion
+from bonbon.serve.api.requests import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    parse_request,
+)
+from bonbon.serve.api.streaming import EventStream
 from bonbon.serve.backend import Answer, Backend, BackendError, Job
 from bonbon.serve.config import ServeConfig
 from bonbon.serve.connection import read_json, while_wanted
-from bonbon.serve.errors import json_response
 from bonbon.serve.jobs import jobs_of, prompts_of
 from bonbon.serve.metrics import Metrics
-from bonbon.serve.replies import chat_completion, completion
-from bonbon.serve.requests import ChatRequest, CompletionRequest, GenerationRequest, parse_request
-from bonbon.serve.streaming import EventStream
 
 _HEALTH_SECONDS = 5.0
 

@@ -1,0 +1,188 @@
+"""The command's side: one Ray Data pipeline from shard numbers to groups."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from bonbon.cluster.attempts import DeadLetters
+from bonbon.cluster.session import check_room, cluster, pools_of, watched_head
+from bonbon.cluster.workers import Job, ShardWorker, attempts_folder
+from bonbon.config.engine import PoolConfig, RayEngineConfig
+from bonbon.groups.shards import shard_indices
+from bonbon.runs.run_folder import RunFolder
+from bonbon.runs.shard_work import prompt_count
+from bonbon.system.atomic_files import write_json
+from bonbon.system.errors import BonbonError, first_line
+from bonbon.system.progress import Bar, progress_bar
+from bonbon.system.storage import is_remote, remove_folder
+
+
+def work_on_cluster(folder: RunFolder, stages: Sequence[str], engine: RayEngineConfig) -> None:
+    """Do `sample`, `score` or both, in this order, by Ray's workers; see `bonbon.cluster`.
+
+    It says how many prompts are set aside, also by an earlier start. Raises BonbonError when Ray
+    is not installed, the cluster cannot be reached or is too small, a model cannot be loaded, the
+    storage not be written, or more prompts fail than `engine.max_dead_letters`.
+    """
+    folder = _absolute(folder)
+    letters = DeadLetters(folder.data)
+    with _always(letters.gather):
+        if stages and (todo := _todo(folder, stages)):
+            _work(folder, stages, engine, todo)
+    if known := letters.read():
+        verb = "prompt was" if len(known) == 1 else "prompts were"
+        print(f"bonbon: {len(known)} {verb} set aside; see {letters.path}", file=sys.stderr)
+
+
+def _absolute(folder: RunFolder) -> RunFolder:
+    """The folder by paths that hold in another process."""
+    config = folder.config
+    if config.storage is not None and not is_remote(folder.data):
+        storage = {"storage": str(folder.data.absolute())}
+        config = config.model_copy(update=storage)
+    return RunFolder(folder.path.absolute(), config)
+
+
+def _todo(folder: RunFolder, stages: Sequence[str]) -> list[int]:
+    """The shards that the first of the stages has to read and one of them has to write."""
+    done = [set(shard_indices(folder.ways(stage)[1])) for stage in stages]
+    every = set.intersection(*done)
+    return [i for i in shard_indices(folder.ways(stages[0])[0]) if i not in every]
+
+
+def _work(
+    folder: RunFolder, stages: Sequence[str], engine: RayEngineConfig, todo: Sequence[int]
+) -> None:
+    pools = pools_of(engine, list(stages))
+    title = " and ".join({"sample": "sampling", "score": "scoring"}[stage] for stage in stages)
+    with (
+        cluster(engine.address) as ray,
+        progress_bar(title, 0, "prompts") as bar,
+        _begun(folder, engine) as job,
+    ):
+        check_room(ray, pools)
+        bar.set(0, prompt_count(folder.ways(stages[0])[0], todo))
+        try:
+            with _quiet_context(ray), watched_head(ray):
+                _watch(_rows(ray, job, dict(zip(stages, pools.values(), strict=True)), todo), bar)
+        except Exception as error:
+            raise _sentence(ray, error) from error
+
+
+@contextmanager
+def _begun(folder: RunFolder, engine: RayEngineConfig) -> Iterator[Job]:
+    """What workers are told; the tries that they note are forgotten before and after."""
+    name = uuid.uuid4().hex[:8]
+    attempts = attempts_folder(folder, name)
+    # In a store, which has no locks, another command may have its own.
+    own = attempts if is_remote(folder.data) else attempts.parent
+    remove_folder(own)
+    write_json(attempts / "begun", {"by": os.getpid()})
+    letters = DeadLetters(folder.data)
+    letters.drop_unwritten()
+    set_aside = frozenset(letter.key for letter in letters.read())
+    with _always(partial(remove_folder, own)):
+        yield Job(
+            path=folder.path,
+            config=folder.config,
+            cwd=os.getcwd(),
+            attempts=name,
+            tries=engine.tries,
+            max_dead_letters=engine.max_dead_letters,
+            set_aside=set_aside,
+        )
+
+
+@contextmanager
+def _always(last: Callable[[], object]) -> Iterator[None]:
+    """Do `last` at the end; where that fails too, what failed first is raised."""
+    try:
+        yield
+    except BaseException:
+        with suppress(BonbonError):
+            last()
+        raise
+    last()
+
+
+# --- Ray Data -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _quiet_context(ray: ModuleType) -> Iterator[None]:
+    """Ray Data's settings for shards that take long and rows that weigh nothing."""
+    from bonbon.cluster.backpressure import POLICIES, policies
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a shard may well take half an hour
+    context.raise_original_map_exception = True  # or a worker's sentence is lost on the way
+    # A worker has one shard at a time, so a pool is in full use at 1 and not, as with the default
+    # of two, at 1.75.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    context.set_config(POLICIES, policies())
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what goes wrong is raised, too
+    try:
+        with ray.data.DataContext.current(context):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _rows(
+    ray: ModuleType, job: Job, pools: dict[str, PoolConfig], todo: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """A row for each shard that has come through all the stages."""
+    numbers = [{"shard": i, "prompts": 0, "tokens": 0, "set_aside": 0} for i in todo]
+    data = ray.data.from_items(numbers, override_num_blocks=len(numbers))
+    for stage, pool in pools.items():
+        data = data.map_batches(
+            ShardWorker,
+            fn_constructor_kwargs={"job": job, "stage": stage},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=min(pool.min, len(todo)),
+                max_size=min(pool.max, len(todo)),
+                max_tasks_in_flight_per_actor=1,
+            ),
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+        )
+    rows: Iterator[dict[str, Any]] = data.iter_rows()
+    return rows
+
+
+def _watch(rows: Iterator[dict[str, Any]], bar: Bar) -> None:
+    set_aside = 0
+    for row in rows:
+        bar.advance(int(row["prompts"]))
+        if row["tokens"]:
+            bar.tokens(int(row["tokens"]))
+        set_aside += int(row["set_aside"])
+        if set_aside:
+            bar.note(f"{set_aside} set aside")
+
+
+def _sentence(ray: ModuleType, error: BaseException) -> BonbonError:
+    """The BonbonError that a worker raised, or what Ray says."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # Ray's error for one that a task raised is of that one's class too.
+        if isinstance(seen, BonbonError) and not isinstance(seen, ray.exceptions.RayError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return BonbonError(
+        f"Ray stopped: {type(error).__name__}: {first_line(error)}; what is finished stays, and "
+        "the same command goes on"
+    )

@@ -1,0 +1,317 @@
+"""Planning n: from a small pilot of scored draws, which n reaches a wanted win rate, at what cost.
+
+The win rate of best-of-n against one draw of the base model comes from the pilot's m draws a prompt
+by the unbiased estimator, for n < m; above, the curve is taken on along a line in n/(n+1)
+(`bonbon.evaluation.best_of_k_curve`). That line is exact where the reward that chooses is also the
+one that decides the win and no rewards tie; elsewhere it is a guess, and marked. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bonbon.config.training import LARGEST_N
+from bonbon.evaluation.best_of_k import best_of_k_curve
+from bonbon.evaluation.figures import Figure, Floats
+from bonbon.groups.group import Group, Groups
+from bonbon.groups.provenance import check_independent
+from bonbon.groups.shards import iter_provenance
+from bonbon.system.atomic_files import write_json
+from bonbon.system.errors import BonbonError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FEWEST_DRAWS = 3  # best-of-2 against a further draw
+FEWEST_TO_EXTRAPOLATE = 5  # best-of-1 to best-of-4, for a line through the upper half
+# A win rate n/(n+1) without ties is exact but for rounding.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """Best-of-n for one n.
+
+    `win_rate` is against one draw of the base model, a tie counting half. `kl` is ln n − (n−1)/n
+    nats, an upper bound that best-of-n reaches where no rewards tie. `tokens` and `seconds` are
+    what a prompt costs: n draws of the pilot's mean length, drawn as fast as the pilot's were.
+    """
+
+    n: int
+    win_rate: Figure
+    kl: float
+    tokens: float
+    seconds: float | None
+    extrapolated: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which n reaches the win rate `wanted`, from `prompts` × `draws`.
+
+    `rows`: n = 1, 2, 4, …, the largest n that is measured, and the answers. `by_estimate` is the
+    smallest n whose estimate reaches it, `surely` the smallest whose interval's lower end does;
+    None where none up to `largest_n` does. `best` is the smallest n of the largest estimate. `by`
+    is the further reward that decides a win, None for the one that chooses.
+    """
+
+    wanted: float
+    by: str | None
+    prompts: int
+    draws: int
+    largest_n: int
+    ties: bool
+    rows: tuple[PlanRow, ...]
+    surely: PlanRow | None
+    by_estimate: PlanRow | None
+    best: PlanRow
+
+
+def plan(
+    groups: Groups,
+    win_rate: float,
+    by: str | None = None,
+    max_n: int = 1024,
+    tokens_per_second: float | None = None,
+) -> Plan:
+    """Which n ≤ max_n reaches a win rate, from a pilot of scored draws.
+
+    Prompts with more draws than the others give their first ones, since the curve needs as many of
+    each. From fewer than five draws a prompt nothing is extrapolated.
+
+    Args:
+        groups: independent draws of the base model, three a prompt or more, for two prompts or
+            more.
+        win_rate: the wanted one, in (0, 1).
+        by: the metric that decides a win; None: the rewards, by which best-of-n chooses.
+        tokens_per_second: how fast draws are made, above 0; None: by the provenance, where it
+            knows.
+
+    Raises BonbonError, naming the prompt, for a pilot that is too small, not scored, has rewards
+    that are not finite or draws that were given up; for an unknown metric; and for a win rate or a
+    max_n that cannot be.
+    """
+    _check_wanted(win_rate, max_n)
+    if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
+        raise BonbonError(f"tokens a second are a number above 0, not {tokens_per_second}")
+    check_independent(groups.provenance, "plan from")
+    draws = _draws(groups)
+    chooser = [_values(group, None)[:draws] for group in groups]
+    judge = {} if by is None else {by: [_values(group, by)[:draws] for group in groups]}
+    measured = min(draws - 1, max_n)
+    beyond = range(measured + 1, max_n + 1) if draws >= FEWEST_TO_EXTRAPOLATE else range(0)
+    tokens = float(np.mean([np.mean(group.lengths()[:draws]) for group in groups]))
+    speed = tokens_per_second
+    if speed is None:
+        speed = sampling_speed(groups.provenance)
+    rows = [
+        PlanRow(
+            n=point.k,
+            win_rate=_clipped(point.win_rate if by is None else point.win_rate_by[by]),
+            kl=point.kl,
+            tokens=point.k * tokens,
+            seconds=None if speed is None else point.k * tokens / speed,
+            extrapolated=point.extrapolated,
+        )
+        for point in best_of_k_curve(chooser, measured, further=judge, beyond=beyond)
+    ]
+    most = max(row.win_rate.value for row in rows) - _ROUNDING
+    return _chosen(
+        Plan(
+            wanted=win_rate,
+            by=by,
+            prompts=len(groups),
+            draws=draws,
+            largest_n=rows[-1].n,
+            ties=any(len(np.unique(rewards)) < draws for rewards in chooser),
+            rows=tuple(rows),
+            surely=None,
+            by_estimate=None,
+            best=next(row for row in rows if row.win_rate.value >= most),
+        )
+    )
+
+
+def _clipped(rate: Figure) -> Figure:
+    """A win rate whose interval, Student's for few prompts, stays within [0, 1]."""
+    return Figure(rate.value, max(rate.low, 0.0), min(rate.high, 1.0))
+
+
+def sampling_speed(provenance: Mapping[str, Any]) -> float | None:
+    """Tokens a second of the pilot's draws; None where the provenance does not know.
+
+    The seconds of groups that were scored into another folder are those of the scoring.
+    """
+    tokens, seconds = provenance.get("tokens"), provenance.get("seconds")
+    if "reward" in provenance or not tokens or not seconds:
+        return None
+    return float(tokens / seconds)
+
+
+def sampling_speed_beside(groups: Path) -> float | None:
+    """Tokens a second of the draws in `samples/` beside scored groups; None where it has none."""
+    spent = list(iter_provenance(groups.parent / "samples"))
+    if not all(noted.get("tokens") and noted.get("seconds") for noted in spent) or not spent:
+        return None
+    return float(sum(s["tokens"] for s in spent) / sum(s["seconds"] for s in spent))
+
+
+def _chosen(every: Plan) -> Plan:
+    """The plan with its answers, from one that has a row for every n."""
+    enough = every.wanted - _ROUNDING
+    surely = next((row for row in every.rows if row.win_rate.low >= enough), None)
+    by_estimate = next((row for row in every.rows if row.win_rate.value >= enough), None)
+    measured = max(row.n for row in every.rows if not row.extrapolated)
+    shown = {2**i for i in range(every.largest_n.bit_length())} | {measured}
+    shown |= {row.n for row in (surely, by_estimate) if row is not None}
+    rows = tuple(row for row in every.rows if row.n in shown)
+    return replace(every, rows=rows, surely=surely, by_estimate=by_estimate)
+
+
+# --- what a pilot must be -------------------------------------------------------------------------
+
+
+def _check_wanted(win_rate: float, max_n: int) -> None:
+    if not 0 < win_rate < 1:
+        raise BonbonError(f"a wanted win rate lies between 0 and 1, not at {win_rate}; try 0.9")
+    if not 1 <= max_n <= LARGEST_N:
+        raise BonbonError(f"the largest n must be 1 to {LARGEST_N:,}, not {max_n}")
+
+
+def _draws(groups: Sequence[Group]) -> int:
+    """The draws that every prompt has."""
+    if len(groups) < 2:
+        raise BonbonError(
+            f"a plan needs a pilot of two prompts or more for its intervals, not {len(groups)}; "
+            "sample more prompts"
+        )
+    fewest = min(groups, key=lambda group: group.n)
+    if fewest.n < FEWEST_DRAWS:
+        raise BonbonError(
+            f"a plan needs {FEWEST_DRAWS} draws a prompt or more, and prompt {fewest.prompt_id} "
+            f"has {fewest.n}; sample the pilot with a larger n"
+        )
+    for group in groups:
+        if "rejected" in group.finish_reasons:
+            raise BonbonError(
+                f"prompt {group.prompt_id} has completions that were given up before their end; a "
+                "plan needs whole draws, such as best_of_n or `bonbon sample` makes"
+            )
+    return fewest.n
+
+
+def _values(group: Group, metric: str | None) -> Floats:
+    """A group's rewards, or a metric of it, (n,), all finite."""
+    if metric is not None and metric not in group.metrics:
+        known = ", ".join(group.metrics) or "it has none"
+        raise BonbonError(f"prompt {group.prompt_id} has no metric {metric!r} (metrics: {known})")
+    found = group.rewards if metric is None else group.metrics[metric]
+    if found is None:
+        raise BonbonError(f"prompt {group.prompt_id} is not scored; run `bonbon score` first")
+    values = np.asarray(found, dtype=np.float64)
+    for k in np.flatnonzero(~np.isfinite(values)):
+        what = "reward" if metric is None else metric
+        raise BonbonError(
+            f"the {what} of prompt {group.prompt_id}, completion {k + 1} of {group.n}, is "
+            f"{values[k]}; a plan needs finite ones"
+        )
+    return values
+
+
+# --- saying it ------------------------------------------------------------------------------------
+
+
+def write_plan(planned: Plan, path: Path) -> None:
+    """Write the plan as JSON."""
+    write_json(path, asdict(planned))
+
+
+def plan_sentences(planned: Plan) -> list[str]:
+    """The plan in words, a sentence or two each."""
+    judged = "" if planned.by is None else f" by {planned.by}"
+    wanted = f"a win rate{judged} of {planned.wanted:g}"
+    said = [_answer(planned, wanted)]
+    if planned.surely is None and planned.by_estimate is not None:
+        said.append(
+            f"The interval's lower end reaches it for no n up to {planned.largest_n:,}; more "
+            "prompts make intervals narrower."
+        )
+    elif planned.surely is not None and planned.surely != planned.by_estimate:
+        said.append(f"For the interval's lower end it takes {_described(planned.surely, planned)}.")
+    return [*said, *_reservations(planned)]
+
+
+def _answer(planned: Plan, wanted: str) -> str:
+    if planned.by_estimate is not None:
+        return f"By the estimate, {wanted} takes {_described(planned.by_estimate, planned)}."
+    return (
+        f"No n up to {planned.largest_n:,} reaches {wanted}; the best is "
+        f"{_described(planned.best, planned)}."
+    )
+
+
+def _described(row: PlanRow, planned: Plan) -> str:
+    rate = row.win_rate
+    guessed = " (extrapolated)" if row.extrapolated else ""
+    bound = "at most " if planned.ties else ""
+    seconds = "" if row.seconds is None else f" and {row.seconds:.3g} s"
+    return (
+        f"n = {row.n:,}{guessed}: {_rate(rate.value)} (95% interval {_rate(rate.low)} to "
+        f"{_rate(rate.high)}) with a KL of {bound}{row.kl:.2f} nats, for {row.tokens:,.0f} tokens"
+        f"{seconds} a prompt"
+    )
+
+
+def _reservations(planned: Plan) -> list[str]:
+    said = []
+    measured = max(row.n for row in planned.rows if not row.extrapolated)
+    beyond = f"{planned.draws} draws a prompt measure n up to {measured}"
+    if planned.largest_n > measured and not planned.ties and planned.by is None:
+        said.append(f"{beyond}; beyond, n/(n+1) holds as long as no rewards tie.")
+    elif planned.largest_n > measured:
+        why = "where rewards tie" if planned.by is None else "where another reward decides"
+        said.append(
+            f"{beyond}; beyond, a line in n/(n+1) is drawn on, which is a guess {why}, and the "
+            "intervals do not know how good a guess; more draws a prompt measure it."
+        )
+    elif planned.draws < FEWEST_TO_EXTRAPOLATE:
+        said.append(f"{beyond}; nothing is extrapolated from fewer than {FEWEST_TO_EXTRAPOLATE}.")
+    if planned.ties:
+        said.append("Some rewards tie, so that best-of-n's KL lies below ln n − (n−1)/n.")
+    return said
+
+
+def plan_table(planned: Plan) -> Table:
+    """A row for each n; extrapolated ones are marked with `*`."""
+    from rich.table import Table
+
+    timed = planned.rows[0].seconds is not None
+    table = Table(
+        title=f"Best-of-n from {planned.prompts:,} prompts × {planned.draws} draws",
+        caption="KL in nats" + (", an upper bound (rewards tie)" if planned.ties else "")
+        + ("; * extrapolated" if planned.rows[-1].extrapolated else ""),
+    )  # fmt: skip
+    judged = "win rate" if planned.by is None else f"win rate by {planned.by}"
+    for name in ["n", judged, "95% interval", "KL", "tokens a prompt", *["seconds"] * timed]:
+        table.add_column(name, justify="right")
+    for row in planned.rows:
+        rate = row.win_rate
+        table.add_row(
+            f"{row.n:,}{'*' if row.extrapolated else ''}",
+            _rate(rate.value),
+            f"{_rate(rate.low)} to {_rate(rate.high)}",
+            f"{row.kl:.2f}",
+            f"{row.tokens:,.0f}",
+            *([] if row.seconds is None else [f"{row.seconds:.3g}"]),
+        )
+    return table
+
+
+def _rate(value: float) -> str:
+    return f"{value:.{5 if 0.999 < value < 1 else 3}f}"

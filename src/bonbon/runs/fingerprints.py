@@ -1,0 +1,75 @@
+"""What the output of each stage depends on, as plain values: two runs that differ in it differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bonbon.config.reward import RewardConfig
+from bonbon.config.run import RunConfig
+from bonbon.system.digests import file_digest
+from bonbon.system.errors import BonbonError
+
+
+def sample_settings(config: RunConfig) -> dict[str, Any]:
+    """What the draws depend on, the prompts' file by its content."""
+    values = config.model_dump(mode="json", include={"model", "prompts", "sampling", "rounds"})
+    values["prompts"]["content"] = file_digest(config.prompts.path)
+    if config.evaluation.prompts is None:
+        values["evaluation"] = {"holdout": config.evaluation.holdout}
+    return values | drawn_by(config)
+
+
+def drawn_by(config: RunConfig) -> dict[str, Any]:
+    """The sampler; nothing for our own one, which notes of older runs do not name."""
+    if config.sampler.name == "transformers":
+        return {}
+    return config.model_dump(mode="json", include={"sampler"})
+
+
+def score_settings(config: RunConfig) -> dict[str, Any]:
+    """What the scored groups depend on."""
+    return sample_settings(config) | {"reward": reward_settings(config.reward)}
+
+
+def reward_settings(reward: RewardConfig) -> dict[str, Any]:
+    """A reward's settings; a server whose model has no name is known by its address."""
+    values = reward.model_dump(mode="json")
+    if reward.sum:
+        values["sum"] = [reward_settings(part) for part in reward.sum]
+    if reward.server is not None and reward.server.model is None:
+        values["server"]["model"] = reward.server.base_url
+    return values
+
+
+def train_settings(config: RunConfig, name: str) -> dict[str, Any]:
+    """What the model of that name depends on."""
+    settings = config.trainings[name].model_dump(mode="json")
+    return score_settings(config) | {"train": settings}
+
+
+def evaluation_settings(config: RunConfig) -> dict[str, Any]:
+    """What the evaluation's draws depend on; rewards and metrics can be added to them later."""
+    values = score_settings(config)
+    values["trainings"] = {
+        name: it.model_dump(mode="json") for name, it in config.trainings.items()
+    }
+    drawing = {"prompts", "holdout", "k", "seed"}
+    values["evaluation"] = config.evaluation.model_dump(mode="json", include=drawing)
+    if config.evaluation.prompts is not None:
+        values["evaluation"]["prompts"]["content"] = file_digest(config.evaluation.prompts.path)
+    return values
+
+
+def rounds_settings(config: RunConfig) -> dict[str, Any]:
+    """What a run of several rounds depends on."""
+    trainings = {name: it.model_dump(mode="json") for name, it in config.trainings.items()}
+    return score_settings(config) | {"trainings": trainings}
+
+
+def refuse_rounds(config: RunConfig) -> None:
+    """Raise BonbonError for a configuration whose stages cannot be done one by one."""
+    if config.rounds > 1:
+        raise BonbonError(
+            f"with rounds = {config.rounds} sampling, scoring and training take turns; use "
+            "`bonbon run`"
+        )

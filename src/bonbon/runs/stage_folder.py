@@ -1,0 +1,150 @@
+"""A folder that stages write into: its lock, and notes of its settings."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bonbon.config.settings import NEUTRAL, Settings, flatten
+from bonbon.groups.shards import shard_paths
+from bonbon.system.atomic_files import read_json, remove_torn, write_json, write_text
+from bonbon.system.errors import BonbonError
+from bonbon.system.processes import from_main_process, is_main_process, wait_for_everyone
+
+
+class StageFolder:
+    """A folder that stages write into, with notes under `.bonbon/` of what they were asked for."""
+
+    _option = "--out"  # by which it is chosen
+
+    def __init__(self, path: Path, config: Settings) -> None:
+        self.path = path
+        self._settings = config
+        self._notes = path / ".bonbon"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; BonbonError when another process does, or it cannot be written.
+
+        Of processes that train together the main one holds it for all.
+        """
+        if not is_main_process():
+            wait_for_everyone()
+            yield
+            return
+        try:
+            self.refuse_strangers()
+            self._notes.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._notes / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise BonbonError(
+                f"cannot write the output folder {self.path}: {error.strerror}; choose "
+                f"another {self._option}"
+            ) from error
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise BonbonError(
+                    f"another bonbon process is working in {self.path}; wait for it or choose "
+                    f"another {self._option}"
+                ) from error
+            remove_torn(self.path)
+            wait_for_everyone()  # none goes ahead of the lock
+            yield
+        finally:
+            os.close(handle)
+
+    def refuse_strangers(self) -> None:
+        """Raise BonbonError where the folder holds something, and no run."""
+        if not self.path.is_dir():
+            return
+        strangers = [p.name for p in self.path.iterdir() if p.name != ".bonbon"]
+        if strangers and not any(self._notes.glob("*.json")):
+            raise BonbonError(
+                f"{self.path} is not empty and holds no run ({strangers[0]} is in it); choose "
+                f"another {self._option}"
+            )
+
+    def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
+        """Note a stage's settings, or `compare` them with those it was begun with."""
+        from_main_process(lambda: self._begin(stage, settings))
+
+    def _begin(self, stage: str, settings: Mapping[str, Any]) -> None:
+        self.compare(stage, settings)
+        if self.noted(stage) is None:
+            # The note last: a stop between the two would otherwise leave an older config.yaml.
+            self.write_config()
+            write_json(self._notes / f"{stage}.json", _binding(settings))
+
+    def write_config(self) -> None:
+        """Write the configuration to `config.yaml`."""
+        dump = yaml.safe_dump(self._settings.model_dump(mode="json"), sort_keys=False)
+        write_text(self.path / "config.yaml", dump)
+
+    def forget(self, stage: str) -> None:
+        """Drop a stage's notes, where nothing came of it."""
+        for name in (f"{stage}.json", f"{stage}.done.json"):
+            (self._notes / name).unlink(missing_ok=True)
+
+    def noted(self, stage: str) -> dict[str, Any] | None:
+        """The settings that a stage was begun with; None where it was not."""
+        note = self._notes / f"{stage}.json"
+        return read_json(note) if note.exists() else None
+
+    def refuse(self, *stages: str, what: str) -> None:
+        """Raise BonbonError when the folder holds one of the stages, since it is `what`."""
+        if any(self.noted(stage) is not None for stage in stages):
+            raise BonbonError(f"{self.path} holds {what}; choose another --out")
+
+    def compare(self, stage: str, settings: Mapping[str, Any]) -> None:
+        """Compare a stage's settings with those it was begun with, if it was.
+
+        Settings shared with the stages that it builds on are compared with theirs too. Raises
+        BonbonError naming what differs.
+        """
+        wanted = _binding(settings)
+        differing = self._differing(stage, wanted)
+        if differing:
+            raise BonbonError(
+                f"{self.path} was made with other settings: {'; '.join(differing[:5])}"
+                f"{f' and {len(differing) - 5} more' if len(differing) > 5 else ''}; choose "
+                f"another {self._option}, or undo the change"
+            )
+
+    def _differing(self, stage: str, wanted: Mapping[str, Any]) -> list[str]:
+        differing: dict[str, str] = {}
+        for name in ("sample", "score", "rounds", stage):
+            found = self.noted(name)
+            if found is None:
+                continue
+            keys = {*found, *wanted} if name == stage else found.keys() & wanted.keys()
+            for key in sorted(keys):
+                was, now = found.get(key), wanted.get(key)
+                if was != now:
+                    differing[key] = f"{key} was {was!r} and is now {now!r}"
+        return list(differing.values())
+
+    def finish(self, stage: str, shards: int) -> None:
+        """Note that a stage has written all its shards."""
+        write_json(self._notes / f"{stage}.done.json", {"shards": shards})
+
+    def is_finished(self, stage: str, output: Path) -> bool:
+        """Whether a stage was finished and its shards are still all there."""
+        note = self._notes / f"{stage}.done.json"
+        return note.exists() and read_json(note)["shards"] == len(shard_paths(output))
+
+
+def _binding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that can change a result, flattened."""
+    return {
+        key: value
+        for key, value in flatten(settings).items()
+        if key.rsplit(".", 1)[-1] not in NEUTRAL
+    }

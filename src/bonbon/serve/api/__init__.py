@@ -1,0 +1,1 @@
+"""OpenAI's API: requests, replies, errors, streams and the schema."""

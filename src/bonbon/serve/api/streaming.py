@@ -1,0 +1,147 @@
+"""An answer as server-sent events.
+
+Which candidate is the best is not known before all are there, so a stream begins once it is chosen.
+Until then it says nothing for `keepalive` seconds, and an error has its HTTP status; after that it
+begins with comments, which clients pass over, and an error is an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import zip_longest
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from bonbon.serve.api.errors import error_object, internal_error, json_bytes
+from bonbon.serve.backend import BackendError
+
+_log = logging.getLogger(__name__)
+
+# Words with the blanks before them; long ones (many scripts have no blanks) in several pieces.
+_PIECE = re.compile(r"\s*\S{1,40}|\s+")
+
+
+class EventStream(Response):
+    """Streams a whole answer once `work` brings it; sends comments while that takes long.
+
+    Args:
+        work: makes the answer, given the request's `receive`.
+        include_usage: whether a last chunk has the usage.
+        keepalive: seconds between comments, and before the first one.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        work: Callable[[Receive], Awaitable[dict[str, Any]]],
+        include_usage: bool,
+        keepalive: float,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._work = work
+        self._include_usage = include_usage
+        self._keepalive = keepalive
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. Raises what `work` raises in the first `keepalive` seconds."""
+        task = asyncio.ensure_future(self._work(receive))
+        try:
+            await asyncio.wait({task}, timeout=self._keepalive)
+            if task.done():
+                task.result()
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            while not task.done():
+                await _send(send, b": waiting\n\n")
+                await asyncio.wait({task}, timeout=self._keepalive)
+            for event in _events(task, self._include_usage):
+                await _send(send, b"data: " + event + b"\n\n")
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _send(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+def _events(task: asyncio.Future[dict[str, Any]], include_usage: bool) -> Iterator[bytes]:
+    try:
+        whole = task.result()
+    except BackendError as error:
+        yield json_bytes(error_object(error))
+        return
+    except Exception:
+        _log.exception("a stream failed")
+        yield json_bytes(error_object(internal_error()))
+        return
+    yield from map(json_bytes, chunks(whole, include_usage))
+    yield b"[DONE]"
+
+
+def chunks(whole: dict[str, Any], include_usage: bool) -> Iterator[dict[str, Any]]:
+    """A whole answer as the chunks of a stream.
+
+    The choices' pieces take turns. All of a choice's log-probabilities come with its first piece,
+    since pieces are no tokens; `bonbon` comes with the last chunk.
+    """
+    chat = whole["object"] == "chat.completion"
+    usage: dict[str, Any] = {"usage": None} if include_usage else {}
+    head = {
+        "id": whole["id"],
+        "object": "chat.completion.chunk" if chat else "text_completion",
+        "created": whole["created"],
+        "model": whole["model"],
+    }
+    parts = [_chat_parts(c) if chat else _text_parts(c) for c in whole["choices"]]
+    turns = [part for turn in zip_longest(*parts) for part in turn if part is not None]
+    last = {} if include_usage else {"bonbon": whole["bonbon"]}
+    for number, part in enumerate(turns, start=1):
+        yield {**head, "choices": [part], **usage, **(last if number == len(turns) else {})}
+    if include_usage:
+        yield {**head, "choices": [], "usage": whole["usage"], "bonbon": whole["bonbon"]}
+
+
+def _chat_parts(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def part(
+        delta: dict[str, Any], reason: str | None = None, logprobs: Any = None
+    ) -> dict[str, Any]:
+        return {
+            "index": choice["index"],
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": reason,
+        }
+
+    yield part({"role": "assistant", "content": "", "refusal": None})
+    logprobs = choice["logprobs"]
+    for piece in pieces(choice["message"]["content"]):
+        yield part({"content": piece}, logprobs=logprobs)
+        logprobs = None
+    yield part({}, choice["finish_reason"])
+
+
+def _text_parts(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    logprobs = choice["logprobs"]
+    for piece in pieces(choice["text"]):
+        yield {**choice, "text": piece, "logprobs": logprobs, "finish_reason": None}
+        logprobs = None
+    yield {**choice, "text": "", "logprobs": None}
+
+
+def pieces(text: str) -> list[str]:
+    """A text in pieces that join to it, at least one."""
+    return _PIECE.findall(text) or [""]

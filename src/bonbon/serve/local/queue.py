@@ -1,0 +1,79 @@
+"""Jobs that wait for the model, and which of them are done together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.serve.backend import Answer, BackendError, Job
+
+
+@dataclass(eq=False)
+class Asked:
+    """A job, and who waits for its answer.
+
+    `given_up` is set by the event loop's thread and read by the model's.
+    """
+
+    job: Job
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[Answer]
+    given_up: bool = False
+
+    def alive(self) -> bool:
+        """Whether anyone still waits."""
+        return not self.given_up and time.monotonic() < self.job.deadline
+
+    def settle(self, outcome: Answer | BackendError) -> None:
+        """Hand the outcome over to the loop."""
+        try:
+            self.loop.call_soon_threadsafe(self._settle, outcome)
+        except RuntimeError:  # the loop is closed
+            self.given_up = True
+
+    def _settle(self, outcome: Answer | BackendError) -> None:
+        if self.answer.done():
+            return
+        if isinstance(outcome, BackendError):
+            self.answer.set_exception(outcome)
+        else:
+            self.answer.set_result(outcome)
+
+
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A job that can be done, with its tokens."""
+
+    asked: Asked
+    prompt: EncodedPrompt
+
+    def kind(self) -> tuple[Any, ...]:
+        """What jobs of one batch have in common: all but the seed, which is in the prompt's id."""
+        job = self.asked.job
+        return job.strategy, job.sampling.model_copy(update={"seed": 0}), job.stop
+
+    def tokens(self) -> int:
+        """The most that its candidates can come to, each with its prompt."""
+        sampling = self.asked.job.sampling
+        return sampling.n * (len(self.prompt.token_ids) + sampling.max_new_tokens)
+
+
+def next_batch(queue: list[Waiting], max_tokens: int) -> list[Waiting]:
+    """Take the first job and those of its kind, in order, up to `max_tokens`; dead ones go."""
+    alive = [waiting for waiting in queue if waiting.asked.alive()]
+    batch: list[Waiting] = []
+    left: list[Waiting] = []
+    total = 0
+    for waiting in alive:
+        total_with = total + waiting.tokens()
+        fits = not batch or total_with <= max_tokens
+        if fits and (not batch or waiting.kind() == batch[0].kind()):
+            batch.append(waiting)
+            total = total_with
+        else:
+            left.append(waiting)
+    queue[:] = left
+    return batch

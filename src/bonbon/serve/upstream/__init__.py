@@ -1,0 +1,1 @@
+"""Answers from another server's completions: draw there, choose here."""

@@ -1,0 +1,181 @@
+"""The requests that candidates are drawn by, and what the replies mean.
+
+Pure functions; `bonbon.serve.upstream.client` sends and receives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.remote.client import FaultError
+from bonbon.remote.completions_api import (
+    SEEDS,
+    distribution,
+    drawn_logprob,
+    encodable,
+    finish_reason,
+    logprob_items,
+    plausible_usage,
+    read_logprob,
+    read_usage,
+    text_of,
+)
+from bonbon.sampling.cost import Candidates, Cost
+from bonbon.serve.backend import Job, TokenLogprob
+
+# Further fields of a job that change its distribution, each with the value that does not.
+_RESHAPING: Mapping[str, Any] = MappingProxyType(
+    {
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "min_p": 0,
+        "presence_penalty": 0,
+        "repetition_penalty": 1,
+        "response_format": {"type": "text"},
+        "structured_outputs": {},
+    }
+)
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+def path_of(job: Job) -> str:
+    """Where a job's candidates are asked for."""
+    return "completions" if isinstance(job.prompt, str) else "chat/completions"
+
+
+def wants_logprobs(job: Job) -> bool:
+    """Whether a job's candidates have to come with their log-probabilities."""
+    return job.logprobs is not None or job.strategy.needs_logprobs
+
+
+def reshaping(extra: Mapping[str, Any]) -> list[str]:
+    """Those of a job's further fields under which tokens have other probabilities."""
+    return sorted(
+        name for name, value in extra.items() if name in _RESHAPING and value != _RESHAPING[name]
+    )
+
+
+def request_body(job: Job, model: str, off: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """The request for candidate k alone. The job's own fields win over further ones (`extra`)."""
+    body: dict[str, Any] = {**off, **job.extra, "model": model, "n": 1, "stream": False}
+    body |= {"max_tokens": job.sampling.max_new_tokens, **distribution(job.sampling)}
+    if job.seeded:
+        body["seed"] = candidate_seed(job.sampling.seed, k)
+    if job.stop:
+        body["stop"] = list(job.stop)
+    top = max(1, job.logprobs or 0)  # llama.cpp gives none at all for 0
+    if isinstance(job.prompt, str):
+        return body | {"prompt": job.prompt} | ({"logprobs": top} if wants_logprobs(job) else {})
+    asked = {"logprobs": True, "top_logprobs": top} if wants_logprobs(job) else {}
+    return body | {"messages": job.prompt} | asked
+
+
+def candidate_seed(seed: int, k: int) -> int:
+    """The seed of candidate k: the job's own for the first, a hash for the others.
+
+    Not seed + k: jobs with the seeds 0 and 1 would then share all candidates but one.
+    """
+    if k == 0:
+        return seed % SEEDS
+    digest = hashlib.blake2b(f"{seed}\0{k}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % SEEDS
+
+
+# --- replies --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A candidate. `prefilled` are the prompt tokens that were not found in the server's cache."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+    prompt_tokens: int
+    prefilled: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    @property
+    def logprob(self) -> float:
+        """ln p of the drawn tokens, summed (nats); NaN where the server was not asked."""
+        if self.logprobs is None:
+            return math.nan
+        return math.fsum(token.logprob for token in self.logprobs)
+
+
+def read_reply(found: Any, job: Job) -> Reply:
+    """The candidate in a reply.
+
+    The text is the message's content alone: a reasoning model's thoughts are neither scored nor
+    returned, though their tokens count; where it did not get beyond them the text is empty. A lone
+    surrogate, which no encoding can hold, becomes a question mark.
+
+    Raises FaultError for a reply that is no use: without a plausible `usage`, as what it cost would
+    be a guess; without the log-probabilities that were asked for; or one that ended in another way
+    than at its end or its limit. Raises LookupError, TypeError, ValueError or AttributeError for
+    what is no reply at all.
+    """
+    choice = found["choices"][0]
+    text, reason = text_of(choice), finish_reason(choice)
+    usage = plausible_usage(found)
+    logprobs = None
+    if wants_logprobs(job):
+        logprobs = read_logprobs(choice.get("logprobs"), job.logprobs or 0)
+        if logprobs is None:
+            raise FaultError("its replies have no log-probabilities", lasting=True)
+    return Reply(text, reason, usage.tokens, usage.prompt_tokens, usage.prefilled, logprobs)
+
+
+def spent_on(found: Any) -> Cost:
+    """What a reply cost that is no use, as far as it says so."""
+    usage = read_usage(found)
+    return Cost() if usage is None else Cost(generated=usage.tokens, prefilled=usage.prefilled)
+
+
+def read_logprobs(found: Any, top: int) -> tuple[TokenLogprob, ...] | None:
+    """Each token with its `top` most likely ones, from either API's form; None where there is none.
+
+    Alternatives of probability 0 are left out. Raises FaultError for a value that is no ln p, and
+    for a drawn token of probability 0.
+    """
+    items = logprob_items(found)
+    if items is None:
+        return None
+    return tuple(
+        TokenLogprob(encodable(token), drawn_logprob(logprob), _best(others, top))
+        for token, logprob, others in items
+    )
+
+
+def _best(pairs: Sequence[tuple[Any, Any]], top: int) -> tuple[tuple[str, float], ...]:
+    found = [(encodable(token), read_logprob(value)) for token, value in pairs]
+    possible = [pair for pair in found if pair[1] > -math.inf]
+    return tuple(sorted(possible, key=lambda pair: -pair[1])[:top])
+
+
+def candidates_of(prompt: EncodedPrompt, replies: Sequence[Reply], lost: Cost) -> Candidates:
+    """Replies to one prompt as a group; of tokens only their number is known, so each is −1.
+
+    `lost` is what the draw cost besides them.
+    """
+    group = Group(
+        prompt_id=prompt.prompt_id,
+        prompt=prompt.prompt,
+        prompt_token_ids=(-1,) * max((reply.prompt_tokens for reply in replies), default=0),
+        completions=tuple(reply.text for reply in replies),
+        token_ids=tuple((-1,) * reply.tokens for reply in replies),
+        logprobs=tuple(reply.logprob for reply in replies),
+        finish_reasons=tuple(reply.finish_reason for reply in replies),
+    )
+    generated = sum(reply.tokens for reply in replies)
+    prefilled = sum(reply.prefilled for reply in replies)
+    return Candidates(group, Cost(generated, prefilled) + lost)

@@ -1,0 +1,127 @@
+"""Drawing a job's candidates from an upstream, out of the thread that its strategy runs in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from typing import Any
+
+from bonbon.decoding.strategy import Floats
+from bonbon.groups.group import Group
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.remote.client import FaultError
+from bonbon.remote.completions_api import Offer
+from bonbon.sampling.cost import Candidates, Cost
+from bonbon.serve.backend import BackendError, Job, TokenLogprob
+from bonbon.serve.upstream.client import UpstreamClient, error_of
+from bonbon.serve.upstream.protocol import (
+    Reply,
+    candidates_of,
+    path_of,
+    read_reply,
+    request_body,
+    spent_on,
+)
+from bonbon.system.errors import BonbonError
+
+NO_EMBEDDING = (
+    "an upstream server embeds no completions; set the strategy's `distance` or `embedding` to one "
+    "of texts, or take a local model"
+)
+
+
+class UpstreamSource:
+    """A `Source` for one job: its strategy's thread draws from the upstream through the loop."""
+
+    def __init__(
+        self, client: UpstreamClient, job: Job, model: str, offer: Offer, cutoff: float
+    ) -> None:
+        self.config = job.sampling.model_copy(update={"seed": 0})  # see `stream_id`
+        self.prompt_tokens = 0
+        self.failed = 0
+        self.stopped = False
+        self._has_drawn = False  # of a job's later draws all may fail: there is an answer already
+        self._client, self._job, self._model, self._off = client, job, model, offer.off
+        self._cutoff = cutoff
+        self._loop = asyncio.get_running_loop()
+        self._draws: set[asyncio.Task[object]] = set()
+        self._logprobs: dict[tuple[str, float], tuple[TokenLogprob, ...]] = {}
+
+    def draw(self, prompts: Sequence[EncodedPrompt], ks: Sequence[range]) -> list[Candidates]:
+        """See `Source.draw`. Raises BackendError, or CancelledError once the job was stopped."""
+        if self.stopped:  # the loop itself may be gone
+            raise CancelledError
+        drawing = self._draw_all(prompts, ks)
+        return asyncio.run_coroutine_threadsafe(drawing, self._loop).result()
+
+    def embed(self, group: Group) -> Floats:
+        """Raises BonbonError: a server gives texts and no states."""
+        raise BonbonError(NO_EMBEDDING)
+
+    def stop(self) -> None:
+        """Give up what is being drawn, and all that would be. Called in the loop's thread."""
+        self.stopped = True
+        for draw in self._draws:
+            draw.cancel()
+
+    def logprobs_of(self, group: Group, index: int) -> tuple[TokenLogprob, ...]:
+        """The tokens of a candidate. A strategy may have put the candidates in another order."""
+        return self._logprobs[group.completions[index], group.logprobs[index]]
+
+    async def _draw_all(
+        self, prompts: Sequence[EncodedPrompt], ks: Sequence[range]
+    ) -> list[Candidates]:
+        task = asyncio.current_task()
+        if self.stopped or task is None:
+            raise asyncio.CancelledError
+        self._draws.add(task)
+        try:
+            return [await self._draw(*one) for one in zip(prompts, ks, strict=True)]
+        finally:
+            self._draws.discard(task)
+
+    async def _draw(self, prompt: EncodedPrompt, ks: range) -> Candidates:
+        began = time.monotonic()
+        losses: list[Cost] = []
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._candidate(k, losses)) for k in ks]
+        outcomes = [task.result() for task in tasks]
+        replies = [outcome for outcome in outcomes if isinstance(outcome, Reply)]
+        if not replies and not self._has_drawn:
+            raise _error_of([outcome for outcome in outcomes if not isinstance(outcome, Reply)])
+        self._note(replies, len(outcomes) - len(replies))
+        lost = sum(losses, Cost(seconds=time.monotonic() - began))
+        return candidates_of(prompt, replies, lost)
+
+    async def _candidate(self, k: int, losses: list[Cost]) -> Reply | FaultError | BackendError:
+        """Candidate k, or why it did not come; `losses` gets what its useless replies cost."""
+
+        def read(found: Any) -> Reply:
+            try:
+                return read_reply(found, self._job)
+            except Exception:
+                losses.append(spent_on(found))
+                raise
+
+        body = request_body(self._job, self._model, self._off, k)
+        try:
+            return await self._client.post(path_of(self._job), body, read, self._cutoff)
+        except (FaultError, BackendError) as error:
+            return error
+
+    def _note(self, replies: Sequence[Reply], failed: int) -> None:
+        self.failed += failed
+        for reply in replies:
+            self._has_drawn = True
+            self.prompt_tokens = max(self.prompt_tokens, reply.prompt_tokens)
+            if reply.logprobs is not None:
+                self._logprobs[reply.text, reply.logprob] = reply.logprobs
+
+
+def _error_of(errors: Sequence[FaultError | BackendError]) -> BackendError:
+    """The error of a job none of whose candidates came: the upstream's own word comes first."""
+    refusals = (error for error in errors if isinstance(error, BackendError))
+    faults = [error for error in errors if isinstance(error, FaultError)]
+    return next(refusals, None) or error_of(faults)

@@ -1,0 +1,30 @@
+"""The stage `score`: score the samples with the reward, into `groups/`."""
+
+from __future__ import annotations
+
+from bonbon.runs.fingerprints import (
+    refuse_rounds,
+    score_settings,
+)
+from bonbon.runs.run_folder import RunFolder
+from bonbon.stages.engine import do_stages
+from bonbon.system.errors import BonbonError
+
+
+def score(folder: RunFolder) -> None:
+    """Score every sampled shard into `groups/`. Raises BonbonError where samples are missing."""
+    with folder.data_locked():
+        if not begin_scoring(folder):
+            return
+        if not folder.is_finished("sample", folder.samples):
+            raise BonbonError(
+                f"{folder.samples} is not complete; run `bonbon sample` to the end first"
+            )
+        do_stages(folder, ["score"])
+
+
+def begin_scoring(folder: RunFolder) -> bool:
+    """Check what can be checked; whether there is something to score."""
+    refuse_rounds(folder.config)
+    folder.begin_data("score", score_settings(folder.config))
+    return not folder.is_finished("score", folder.groups)

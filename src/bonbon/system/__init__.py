@@ -1,0 +1,1 @@
+"""Tools that know nothing of language models: files, storage, errors, processes."""

@@ -1,0 +1,49 @@
+"""Functions of the user's own, named in a configuration as `package.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bonbon.system.digests import file_digest
+from bonbon.system.errors import BonbonError
+
+
+def import_function(name: str, what: str) -> Callable[..., Any]:
+    """The function called `package.module:function`; modules in the current folder are found too.
+
+    Raises BonbonError, saying `what` the function is for, when the name is written another way or
+    when there is no such function.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise BonbonError(f"{what} {name!r}: write it as package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: nothing there may stand in for a library
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # an import runs the user's code: anything may come out of it
+        raise BonbonError(f"{what} {name!r} cannot be imported: {said(error)}") from error
+    if not callable(function):
+        raise BonbonError(f"{what} {name!r} is not a function")
+    found: Callable[..., Any] = function
+    return found
+
+
+def function_digest(function: Callable[..., Any]) -> str | None:
+    """A hash of the file that a function is written in; None where there is none."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except TypeError:  # not written in Python
+        return None
+    return file_digest(Path(file)) if file else None
+
+
+def said(error: Exception) -> str:
+    """What went wrong in code that is not ours: the exception's kind and its message."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,16 @@
+"""The tilts that a training can aim at, by name; each is built from n."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bonbon.tilt.base import Tilt
+from bonbon.tilt.best_of_n import BestOfN, WorstOfN
+from bonbon.tilt.exponential import ExponentialTilt
+
+# What a configuration selects from: the tilt that goes with best-of-n.
+TILTS: dict[str, Callable[[float], Tilt]] = {
+    "best_of_n": BestOfN,
+    "optimal": lambda n: ExponentialTilt.with_win_rate(BestOfN(n).win_rate()),
+    "worst_of_n": WorstOfN,
+}

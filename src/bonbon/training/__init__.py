@@ -1,0 +1,1 @@
+"""Training a policy on groups: the trainer, its batches, and its data set."""

@@ -1,0 +1,171 @@
+"""Keeping a trained policy within a budget of KL divergence from the base model, by measuring it.
+
+When training ends the policy draws completions for a few prompts and its KL from the base model is
+measured on them as the evaluation does it. If it exceeds the budget, the trained weights (of an
+adapter, its own) go back on the straight line to where they started, to the farthest point that is
+within it. A finished training taken back in this way wins more for its KL than one that is stopped
+early (docs/benchmarks.md), as an unfinished one still has its noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from bonbon.config.sampling import SamplingConfig
+from bonbon.evaluation import completion_kls
+from bonbon.groups.prompts import EncodedPrompt
+from bonbon.sampling.transformers import TransformersSampler
+from bonbon.system.errors import BonbonError
+from bonbon.system.processes import from_main_process
+
+_HALVINGS = 6  # of the line to the base model: the point that is kept is known to 2% of it
+
+
+@dataclass(frozen=True)
+class MeasuredKL:
+    """A mean KL over prompts (nats a completion) and its standard error."""
+
+    value: float
+    standard_error: float
+
+    def within(self, budget: float) -> bool:
+        """Whether the KL is within a budget even if it is two standard errors larger."""
+        return self.value + 2 * self.standard_error <= budget
+
+
+@dataclass(frozen=True)
+class KLMeter:
+    """Measures KL(policy ‖ base) on completions that the policy draws.
+
+    Args:
+        base: the base model, on the policy's device; `base_of` makes it.
+        processing_class: the tokenizer, for the end tokens.
+        prompts: to draw for; the same draws' random numbers are used at every measurement.
+        config: the temperature, the longest completion and the completions a prompt.
+    """
+
+    base: Any
+    processing_class: Tokenizer
+    prompts: Sequence[EncodedPrompt]
+    config: SamplingConfig
+
+    def __call__(self, policy: Any) -> MeasuredKL:
+        """Sample and measure; the policy's training mode is as before afterwards."""
+        was_training = policy.training
+        policy.eval()
+        try:
+            sampler = TransformersSampler(policy, self.processing_class, self.config, "kl-budget")
+            groups = sampler.sample(self.prompts)
+            sampling = SamplingConfig(temperature=self.config.temperature)
+            kls = completion_kls(policy, self.base, groups, sampling=sampling)
+        finally:
+            policy.train(was_training)
+        means = np.array([np.mean(kl.rao_blackwellised) for kl in kls])
+        error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else 0.0
+        return MeasuredKL(float(means.mean()), float(error))
+
+
+class _WithoutAdapter:
+    """A PEFT model's base model, sharing its weights."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        with self._model.disable_adapter():
+            return self._model(**inputs)
+
+
+def base_of(policy: PreTrainedModel | PeftModel) -> Any:
+    """The model that training starts from: a PEFT model without its adapter, else a copy."""
+    if isinstance(policy, PeftModel):
+        return _WithoutAdapter(policy)
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+class KLBudgetCallback(TrainerCallback):
+    """At the end of training, takes the weights back until the measured KL is within `budget`.
+
+    `history` holds the measurements as (share of the way from the base model, KL); the trainer's
+    log history has them as `kl`, and the share that was kept as `kl_budget_share`.
+    """
+
+    def __init__(self, meter: KLMeter, budget: float, policy: nn.Module) -> None:
+        self.meter = meter
+        self.budget = budget
+        self.history: list[tuple[float, MeasuredKL]] = []
+        self._start = _trainable(policy)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        if isinstance(self.meter.base, nn.Module):
+            self.meter.base.to(args.device)
+        end = _trainable(model)
+        start = {name: value.to(end[name].device) for name, value in self._start.items()}
+        kept, beyond = 0.0, 1.0
+        if self._measure(model, 1.0, state).within(self.budget):
+            kept = 1.0
+        for _halving in range(0 if kept else _HALVINGS):
+            middle = (kept + beyond) / 2
+            _interpolate(model, start, end, middle)
+            if self._measure(model, middle, state).within(self.budget):
+                kept = middle
+            else:
+                beyond = middle
+        _interpolate(model, start, end, kept)
+        state.log_history.append({"step": state.global_step, "kl_budget_share": kept})
+
+    def _measure(self, model: Any, share: float, state: TrainerState) -> MeasuredKL:
+        # In one process, or differences in the last digit could part the processes' ways.
+        kl = from_main_process(lambda: self.meter(model))
+        if not math.isfinite(kl.value):
+            raise BonbonError("the training diverged: its KL is not finite; lower learning_rate")
+        self.history.append((share, kl))
+        state.log_history.append(
+            {"step": state.global_step, "kl": kl.value, "kl_standard_error": kl.standard_error}
+        )
+        return kl
+
+
+def _trainable(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+
+
+@torch.no_grad()
+def _interpolate(
+    model: Any, start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor], share: float
+) -> None:
+    """Set the trainable weights to (1 − share)·start + share·end."""
+    for name, value in model.named_parameters():
+        if name in start:
+            value.copy_(torch.lerp(start[name], end[name], share))
