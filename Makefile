@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 DEMO_OUT := bonbon-demo
 # In front of true servers, which take long to start; the engine's own tests run in its environment.
-WITH_VLLM := tests/test_vllm.py tests/test_remote_vllm.py
+WITH_VLLM := tests/end_to_end/test_vllm.py tests/end_to_end/test_remote_vllm.py
 export BONBON_VLLM_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bonbon/vllm-env
 
 .PHONY: setup test test-vllm lint demo demo-short clean
@@ -20,12 +20,12 @@ $(INSTALLED): pyproject.toml
 
 test: setup
 	$(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
-		$(addprefix --ignore=,$(WITH_VLLM) tests/test_vllm_engine.py)
+		$(addprefix --ignore=,$(WITH_VLLM) tests/models/test_vllm_engine.py)
 
 # With vLLM itself, which has an environment of its own outside the checkout (a long download, once).
 test-vllm: setup
 	scripts/setup_vllm.sh
-	PYTHONPATH=src $(BONBON_VLLM_ENV)/bin/python -m pytest -rs tests/test_vllm_engine.py
+	PYTHONPATH=src $(BONBON_VLLM_ENV)/bin/python -m pytest -rs tests/models/test_vllm_engine.py
 	$(PYTHON) -m pytest -rs $(WITH_VLLM)
 
 lint: setup
