@@ -19,9 +19,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 from bonbon.evaluation.figures import Figure
-from bonbon.report import browser, histograms, write_report
+from bonbon.report import browser, write_report
 from bonbon.report.browser import _column
 from bonbon.report.data import read_run
+from bonbon.report.histograms import histograms
 from bonbon.report.numbers import number, of_100, shown
 from bonbon.report.page import escape_markdown
 from bonbon.report.theme import DARK, DATA_COLOURS, LIGHT, PAPER, mark
