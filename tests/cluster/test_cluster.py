@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from bonbon.cli.main import app
 from bonbon.cluster import session, workers
 from bonbon.cluster.attempts import DeadLetters, Ledger, Try
-from bonbon.cluster.workers import HOPELESS, Job, Workshop
+from bonbon.cluster.workers import MAX_LONE_FAILURES, ShardProcessor, WorkerSettings
 from bonbon.config.engine import PoolConfig, RayEngineConfig
 from bonbon.config.run import parse_config
 from bonbon.groups.group import Group, Groups
@@ -52,7 +52,7 @@ class Shop:
         self.folder = RunFolder(tmp_path, parse_config(values))
         self.groups = [make_group(f"p{i}", rewards=(1.0, 2.0, 3.0)) for i in range(6)]
         write_shard(shard_path(self.folder.samples, 0), self.groups, {"model": "m"})
-        self.job = Job(
+        self.worker_settings = WorkerSettings(
             path=tmp_path,
             config=self.folder.config,
             cwd=str(tmp_path),
@@ -75,7 +75,9 @@ class Shop:
 
     def do(self) -> workers.Done:
         work = ShardWork(self.folder.samples, self.folder.groups, self.transform, {"reward": "r"})
-        shop = Workshop(self.job, "score", self.folder, self.ledger, ExitStack(), work)
+        shop = ShardProcessor(
+            self.worker_settings, "score", self.folder, self.ledger, ExitStack(), work
+        )
         return shop.do(0)
 
     def died(self, prompt_id: str | None, node: str = "here") -> None:
@@ -176,7 +178,7 @@ def test_when_everything_fails_the_run_ends_and_nothing_is_set_aside(shop: Shop)
     shop.fails = dict.fromkeys(ALL, BonbonError("the server is down"))
     with pytest.raises(BonbonError, match=r"5 prompts of shard 0 .* the server is down; that is"):
         shop.do()
-    assert len(shop.calls) == 1 + HOPELESS
+    assert len(shop.calls) == 1 + MAX_LONE_FAILURES
     assert not shop.letters()
     assert not shop.folder.groups.exists()
 
@@ -228,7 +230,7 @@ def test_a_prompt_of_any_text_is_read_back_from_its_letter(shop: Shop) -> None:
 
 def test_many_that_fail_are_set_aside_where_one_does_not(shop: Shop) -> None:
     shop.fails = dict.fromkeys(ALL[1:], BonbonError("they are odd"))
-    assert shop.do().set_aside == HOPELESS
+    assert shop.do().set_aside == MAX_LONE_FAILURES
     assert shop.made() == ["p0"]
     assert sorted(shop.letters()) == ALL[1:]
 
@@ -270,8 +272,8 @@ def test_deaths_while_the_model_loads_end_the_run(shop: Shop) -> None:
     other.begin_loading()
     for _ in range(3):
         shop.ledger.begin_loading()
-    with pytest.raises(BonbonError, match="died 3 times while it loaded what it scores with"):
-        Workshop(shop.job, "score", shop.folder, shop.ledger, ExitStack()).do(0)
+    with pytest.raises(BonbonError, match="died 3 times while it loaded its model to score"):
+        ShardProcessor(shop.worker_settings, "score", shop.folder, shop.ledger, ExitStack()).do(0)
 
 
 def test_the_storage_is_never_a_prompts_fault(shop: Shop) -> None:
@@ -314,7 +316,9 @@ def test_dead_letters_are_gathered_once(tmp_path: Path, shop: Shop) -> None:
     assert row["shards"] == ["groups/shard-00000.parquet"]
     assert not list((tmp_path / ".bonbon" / "dead-letters").glob("*"))
     letters.path.write_text("{}\n")
-    with pytest.raises(BonbonError, match=r"dead_letters\.jsonl has a line that is no dead letter"):
+    with pytest.raises(
+        BonbonError, match=r"dead_letters\.jsonl has a line that is not a dead letter"
+    ):
         letters.read()
 
 
@@ -624,8 +628,8 @@ class FakeRay:
 
 
 def test_a_head_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "_BEAT", 0.05)
-    monkeypatch.setattr(session, "_SILENCE", 0.5)
+    monkeypatch.setattr(session, "_CHECK_EVERY", 0.05)
+    monkeypatch.setattr(session, "_LOST_AFTER", 0.5)
     head = socket.create_server(("127.0.0.1", 0))
     ray: Any = FakeRay(head.getsockname()[1])
     wait = threading.Event().wait
@@ -704,7 +708,7 @@ def test_without_ray_it_says_what_to_install(
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path: Path, shop: Shop) -> None:
-    worker = workers.ShardWorker(shop.job, "score")
+    worker = workers.ShardWorker(shop.worker_settings, "score")
     with pytest.raises(BonbonError, match=r"does not see .*; put it on a file system that all"):
         worker({name: np.array([0]) for name in ("shard", "prompts", "tokens", "set_aside")})
     assert not shop.folder.groups.exists()

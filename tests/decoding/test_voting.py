@@ -44,7 +44,7 @@ def falsy(text: str) -> Any:
     return {"zero": 0, "empty": "", "none": None, "pair": (1, 2)}[text]
 
 
-HERE = "test_decoding_voting"
+HERE = "test_voting"
 
 
 class Replay:

@@ -28,7 +28,7 @@ from bonbon.groups.group import Group
 from bonbon.models.loading import load_policy
 from bonbon.models.logprobs import token_log_probs
 from bonbon.rewards.model import RewardModel
-from bonbon.serve.backend import Answer, BackendError, Job
+from bonbon.serve.backend import Answer, AnswerJob, BackendError
 from bonbon.serve.upstream.backend import UpstreamBackend
 from bonbon.serve.upstream.client import UpstreamConfig
 from support.vllm_server import SERVER_SETTINGS, Server
@@ -72,7 +72,9 @@ class MostLikely(WholeDraws):
         return one_hot(int(np.argmax(group.logprobs)), group.n)
 
 
-def job_of(prompt: Any = PROMPTS[0], n: int = 8, seconds: float = 120.0, **changes: Any) -> Job:
+def job_of(
+    prompt: Any = PROMPTS[0], n: int = 8, seconds: float = 120.0, **changes: Any
+) -> AnswerJob:
     sampling = changes.pop("sampling", {})
     values: dict[str, Any] = {
         "request_id": f"request-{time.monotonic_ns()}",
@@ -83,11 +85,11 @@ def job_of(prompt: Any = PROMPTS[0], n: int = 8, seconds: float = 120.0, **chang
         "choices": 1,
         "deadline": time.monotonic() + seconds,
     }
-    return Job(**(values | changes))
+    return AnswerJob(**(values | changes))
 
 
 def outcomes_of(
-    vllm: Server, reward: Any, *jobs: Job, meanwhile: Coroutine[Any, Any, None] | None = None
+    vllm: Server, reward: Any, *jobs: AnswerJob, meanwhile: Coroutine[Any, Any, None] | None = None
 ) -> list[Any]:
     """What becomes of jobs that are asked for at the same time."""
 

@@ -246,8 +246,8 @@ def test_read_texts_of_every_type(tmp_path: Path) -> None:
     [
         ("t.jsonl", '{"prompt": "a"}', "row 1: no column 'text' .columns: prompt.; name it with"),
         ("t.jsonl", '{"text": "a"}\n{"text": " "}', "row 2: the text is empty"),
-        ("t.jsonl", '{"text": 7}', "row 1: a text is wanted, not 7"),
-        ("t.jsonl", '{"text": null}', "row 1: a text is wanted, not None"),
+        ("t.jsonl", '{"text": 7}', "row 1: expected a text, not 7"),
+        ("t.jsonl", '{"text": null}', "row 1: expected a text, not None"),
         ("t.jsonl", '{"text": "\\ud800"}', "row 1: the text has a lone surrogate"),
         ("t.jsonl", '{"text": "a"', "row 1: not JSON"),
         ("t.jsonl", "", "no texts in the file"),

@@ -41,7 +41,7 @@ from bonbon.planning.cluster.simulation import (
 from bonbon.planning.cluster.splits import MOST_SPLITS, placements
 from bonbon.planning.cluster.tables import plan_sentences, shown_value
 from bonbon.planning.cluster.workload import (
-    Draw,
+    DrawLengths,
     Work,
     decode_steps,
     pilot_lengths,
@@ -206,7 +206,7 @@ def cluster_of(**changes: Any) -> ClusterConfig:
     return ClusterConfig.model_validate(values)
 
 
-def job_of(config: ClusterConfig) -> tuple[Draw, int]:
+def job_of(config: ClusterConfig) -> tuple[DrawLengths, int]:
     job = config.job
     assert job.n is not None
     assert job.prompt_tokens is not None

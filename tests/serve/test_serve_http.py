@@ -18,7 +18,7 @@ from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.best_of_n import BestOfN
 from bonbon.decoding.catalogue import STRATEGIES, strategy_class
 from bonbon.serve.app import create_app, create_service
-from bonbon.serve.backend import Answer, BackendError, Job
+from bonbon.serve.backend import Answer, AnswerJob, BackendError
 from bonbon.serve.config import ServeConfig, api_key
 from bonbon.system.errors import BonbonError
 from support.fake_backend import (
@@ -136,7 +136,7 @@ def test_models(server: Running) -> None:
 
 
 def test_text_that_utf_8_does_not_have(tmp_path: Path) -> None:
-    def broken(job: Job) -> Answer:
+    def broken(job: AnswerJob) -> Answer:
         answer = made_up_answer(job)
         choice = replace(answer.choices[0], text="half \ud83d of one")
         return replace(answer, choices=(choice,))
@@ -507,7 +507,7 @@ def test_a_body_that_does_not_come() -> None:
 def test_errors_of_the_backend(
     error: BackendError, expected: type[openai.APIStatusError], stream: bool
 ) -> None:
-    def fail(job: Job) -> Answer:
+    def fail(job: AnswerJob) -> Answer:
         raise error
 
     with serving(FakeBackend(fail)) as server, pytest.raises(expected) as caught:
@@ -522,7 +522,7 @@ def test_errors_of_the_backend(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_unexpected_exception(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
-    def fail(job: Job) -> Answer:
+    def fail(job: AnswerJob) -> Answer:
         raise RuntimeError("secret of the inside")
 
     with serving(FakeBackend(fail)) as server:
@@ -538,12 +538,12 @@ def test_an_unexpected_exception(stream: bool, caplog: pytest.LogCaptureFixture)
 
 
 def test_one_of_several_prompts_fails() -> None:
-    def fail(job: Job) -> Answer:
+    def fail(job: AnswerJob) -> Answer:
         if job.prompt == "b":
             raise BackendError("not this one", 400)
         return made_up_answer(job)
 
-    async def slow(job: Job) -> None:
+    async def slow(job: AnswerJob) -> None:
         await asyncio.sleep(0 if job.prompt == "b" else 60)
 
     backend = FakeBackend(fail, slow)

@@ -30,10 +30,10 @@ from bonbon.rewards.reward import FunctionReward
 from bonbon.sampling.cost import Cost
 from bonbon.sampling.transformers import TransformersSampler
 from bonbon.serve.answers import stream_id
-from bonbon.serve.backend import Answer, BackendError, Job
+from bonbon.serve.backend import Answer, AnswerJob, BackendError
 from bonbon.serve.local import backend as local
 from bonbon.serve.local.backend import LocalBackend
-from bonbon.serve.local.queue import Asked, Waiting, next_batch
+from bonbon.serve.local.queue import EncodedJob, PendingJob, next_batch
 from bonbon.system.errors import BonbonError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -132,7 +132,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def job_of(prompt: Any = "Once", n: int = 3, seconds: float = 60.0, **changes: Any) -> Job:
+def job_of(prompt: Any = "Once", n: int = 3, seconds: float = 60.0, **changes: Any) -> AnswerJob:
     sampling = changes.pop("sampling", {})
     values: dict[str, Any] = {
         "request_id": f"request-{time.monotonic_ns()}",
@@ -143,7 +143,7 @@ def job_of(prompt: Any = "Once", n: int = 3, seconds: float = 60.0, **changes: A
         "choices": 1,
         "deadline": time.monotonic() + seconds,
     }
-    return Job(**(values | changes))
+    return AnswerJob(**(values | changes))
 
 
 def run(test: Coroutine[Any, Any, T]) -> T:
@@ -168,7 +168,7 @@ async def serving(
         await backend.close()
 
 
-def answers_to(policy: Any, *jobs: Job, scored_by: Any = reward, **changes: Any) -> list[Any]:
+def answers_to(policy: Any, *jobs: AnswerJob, scored_by: Any = reward, **changes: Any) -> list[Any]:
     """The outcomes of jobs that are asked for one after the other."""
 
     async def all_of() -> list[Any]:
@@ -182,7 +182,7 @@ def answers_to(policy: Any, *jobs: Job, scored_by: Any = reward, **changes: Any)
 
 
 def together(
-    policy: Any, gate: Gate, *jobs: Job, scored_by: Any = reward, **changes: Any
+    policy: Any, gate: Gate, *jobs: AnswerJob, scored_by: Any = reward, **changes: Any
 ) -> list[Any]:
     """The outcomes of jobs that all arrive while the model is busy."""
 
@@ -307,7 +307,7 @@ def test_an_answer_does_not_depend_on_what_else_is_answered(
 
 
 def test_a_seed_gives_the_same_answer_on_every_server(tiny: Any) -> None:
-    def seeded(seed: int) -> Job:
+    def seeded(seed: int) -> AnswerJob:
         return job_of(seeded=True, sampling={"seed": seed})
 
     (first,), (again, other) = answers_to(tiny, seeded(3)), answers_to(tiny, seeded(3), seeded(4))
@@ -338,10 +338,10 @@ def test_only_what_is_drawn_alike_is_drawn_together(
     assert batches == [1, 2, 2, 1, 1]
 
 
-def waiting_of(kind: int, length: int, dead: bool) -> Waiting:
+def encoded_job(kind: int, length: int, dead: bool) -> EncodedJob:
     job = job_of(sampling={"n": 2, "max_new_tokens": 5, "temperature": float(kind)})
-    asked = Asked(job, None, None, given_up=dead)  # type: ignore[arg-type]
-    return Waiting(asked, EncodedPrompt("p", "x", (1,) * length))
+    asked = PendingJob(job, None, None, given_up=dead)  # type: ignore[arg-type]
+    return EncodedJob(asked, EncodedPrompt("p", "x", (1,) * length))
 
 
 @given(
@@ -352,7 +352,7 @@ def waiting_of(kind: int, length: int, dead: bool) -> Waiting:
 def test_batches_are_fair_and_within_the_budget(
     described: list[tuple[int, int, bool]], budget: int
 ) -> None:
-    jobs = [waiting_of(*one) for one in described]
+    jobs = [encoded_job(*one) for one in described]
     alive = [job for job, (_, _, dead) in zip(jobs, described, strict=True) if not dead]
     queue, done = list(jobs), []
     while batch := next_batch(queue, budget):

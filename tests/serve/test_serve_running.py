@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from bonbon.serve.admission import Admission
 from bonbon.serve.api.streaming import pieces
-from bonbon.serve.backend import Answer, BackendError, Job
+from bonbon.serve.backend import Answer, AnswerJob, BackendError
 from bonbon.serve.config import ServeConfig
 from bonbon.serve.run import listening, serve
 from bonbon.system.errors import BonbonError
@@ -119,7 +119,7 @@ def test_what_a_stream_looks_like(server: Running) -> None:
 
 
 def test_an_empty_answer_is_streamed_too() -> None:
-    def empty(job: Job) -> Answer:
+    def empty(job: AnswerJob) -> Answer:
         answer = made_up_answer(job)
         return replace(answer, choices=(replace(answer.choices[0], text=""),))
 
@@ -156,7 +156,7 @@ def test_a_stream_is_kept_alive() -> None:
 def test_an_error_in_a_stream_that_has_begun(error: Exception) -> None:
     gate = Gate()
 
-    def fail(job: Job) -> Answer:
+    def fail(job: AnswerJob) -> Answer:
         raise error
 
     with serving(FakeBackend(fail, gate), keepalive=0.02) as server:
@@ -347,7 +347,7 @@ def test_the_deadline(stream: bool) -> None:
 
 
 def test_a_timeout_of_the_backend_is_not_the_deadline() -> None:
-    def fail(job: Job) -> Answer:
+    def fail(job: AnswerJob) -> Answer:
         raise TimeoutError("of something inside")
 
     with serving(FakeBackend(fail)) as server:
@@ -421,11 +421,11 @@ def test_two_hundred_requests_at_once() -> None:
     chance = random.Random(0)
     fate = {str(k): (chance.random() < 0.2, chance.uniform(0, 0.05)) for k in range(200)}
 
-    async def wait(job: Job) -> None:
+    async def wait(job: AnswerJob) -> None:
         assert isinstance(job.prompt, str)
         await asyncio.sleep(fate[job.prompt][1])
 
-    def reply(job: Job) -> Answer:
+    def reply(job: AnswerJob) -> Answer:
         if fate[str(job.prompt)][0]:
             raise BackendError("one of the unlucky fifth", 502, "upstream_error")
         return made_up_answer(job)

@@ -27,7 +27,7 @@ from bonbon.remote import client as remote_client
 from bonbon.remote.client import FaultError
 from bonbon.remote.completions_api import read_offer
 from bonbon.sampling.cost import Cost
-from bonbon.serve.backend import Answer, BackendError, Job, TokenLogprob
+from bonbon.serve.backend import Answer, AnswerJob, BackendError, TokenLogprob
 from bonbon.serve.upstream import backend as upstream
 from bonbon.serve.upstream.backend import UpstreamBackend
 from bonbon.serve.upstream.client import UpstreamClient, UpstreamConfig
@@ -109,7 +109,7 @@ def reward(prompts: Sequence[Any], completions: Sequence[str]) -> np.ndarray:
 
 def job_of(
     prompt: Any = "Once upon a time", n: int = 4, seconds: float = 60.0, **changes: Any
-) -> Job:
+) -> AnswerJob:
     sampling = changes.pop("sampling", {})
     values: dict[str, Any] = {
         "request_id": f"request-{time.monotonic_ns()}",
@@ -120,7 +120,7 @@ def job_of(
         "choices": 1,
         "deadline": time.monotonic() + seconds,
     }
-    return Job(**(values | changes))
+    return AnswerJob(**(values | changes))
 
 
 def run(test: Coroutine[Any, Any, T]) -> T:
@@ -155,11 +155,11 @@ def asking(
     return call
 
 
-def answer_to(job: Job, stub: StubUpstream | None = None, **changes: Any) -> Answer:
+def answer_to(job: AnswerJob, stub: StubUpstream | None = None, **changes: Any) -> Answer:
     return asking(stub, **changes)(lambda _, backend: backend.answer(job))
 
 
-def error_to(job: Job, stub: StubUpstream | None = None, **changes: Any) -> BackendError:
+def error_to(job: AnswerJob, stub: StubUpstream | None = None, **changes: Any) -> BackendError:
     with pytest.raises(BackendError) as error:
         answer_to(job, stub, **changes)
     return error.value
@@ -1084,7 +1084,7 @@ JSON = st.recursive(
 
 @given(JSON, st.sampled_from([job_of(), job_of(MESSAGES), job_of(logprobs=2)]))
 @settings(deadline=None, max_examples=300, derandomize=True)
-def test_no_reply_is_too_strange(found: Any, job: Job) -> None:
+def test_no_reply_is_too_strange(found: Any, job: AnswerJob) -> None:
     expected = (ValueError, LookupError, TypeError, AttributeError)
     for read in (lambda: read_reply(found, job), lambda: read_offer(found)):
         try:

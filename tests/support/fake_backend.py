@@ -18,9 +18,9 @@ from bonbon.decoding.strategy import Generation
 from bonbon.groups.group import Group
 from bonbon.sampling.cost import Cost
 from bonbon.serve.app import create_service
-from bonbon.serve.backend import Answer, Choice, Job, TokenLogprob
+from bonbon.serve.backend import Answer, AnswerJob, Choice, TokenLogprob
 from bonbon.serve.config import ServeConfig
-from bonbon.serve.run import Server, listening
+from bonbon.serve.run import GracefulServer, listening
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 TEXT = {"prompt": "Once"}
@@ -28,7 +28,7 @@ TOKENS = 7  # a candidate's, in the made-up backend
 KEY = "sk-a-key-of-the-tests"
 
 
-def made_up_answer(job: Job) -> Answer:
+def made_up_answer(job: AnswerJob) -> Answer:
     """Candidates "candidate k of PROMPT", rewards k, so that the last one is the best."""
     n = job.sampling.n
     prompt = job.prompt if isinstance(job.prompt, str) else job.prompt[-1]["content"]
@@ -58,12 +58,12 @@ def made_up_answer(job: Job) -> Answer:
 class FakeBackend:
     """Answers by a function of the job, and notes what becomes of each."""
 
-    reply: Callable[[Job], Answer] = made_up_answer
-    before: Callable[[Job], Awaitable[None]] | None = None
+    reply: Callable[[AnswerJob], Answer] = made_up_answer
+    before: Callable[[AnswerJob], Awaitable[None]] | None = None
     names: tuple[str, ...] = ("tiny", "org/other")
     health: bool = True
-    jobs: list[Job] = field(default_factory=list)
-    cancelled: list[Job] = field(default_factory=list)
+    jobs: list[AnswerJob] = field(default_factory=list)
+    cancelled: list[AnswerJob] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     running: int = 0
     most: int = 0
@@ -75,7 +75,7 @@ class FakeBackend:
     async def models(self) -> tuple[str, ...]:
         return self.names
 
-    async def answer(self, job: Job) -> Answer:
+    async def answer(self, job: AnswerJob) -> Answer:
         self.jobs.append(job)
         self.running += 1
         self.most = max(self.most, self.running)
@@ -103,7 +103,7 @@ class Gate:
     def __init__(self) -> None:
         self.open = threading.Event()
 
-    async def __call__(self, job: Job) -> None:
+    async def __call__(self, job: AnswerJob) -> None:
         while not self.open.is_set():
             await asyncio.sleep(0.005)
 
@@ -112,7 +112,7 @@ class Gate:
 class Running:
     """A server in a thread."""
 
-    server: Server
+    server: GracefulServer
     port: int
     thread: threading.Thread
     http: httpx.Client
@@ -151,7 +151,7 @@ def serving(
     backend: FakeBackend, passthrough: tuple[str, ...] = (), **values: Any
 ) -> Iterator[Running]:
     config = ServeConfig(port=0, **values)
-    server = Server(create_service(config, backend, frozenset(passthrough)))
+    server = GracefulServer(create_service(config, backend, frozenset(passthrough)))
     with listening(config) as listener:
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         port = listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Tries counted outside the processes that make them, and the prompts that used theirs up."""
+"""Tries counted outside the worker processes, and the prompts that were set aside."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The tries of one stage, as files of `folder`, which every worker reaches.
+    """The tries of one stage, as files of `folder`, which every worker can access.
 
-    `actor` and `node` say who is trying; `alive` whether a node still is. All methods raise
-    BonbonError when the folder cannot be reached.
+    `actor` and `node` identify this worker; `alive` says whether a node is still alive. All methods
+    raise BonbonError when the folder cannot be accessed.
     """
 
     folder: Path
@@ -49,50 +49,50 @@ class Ledger:
     alive: Callable[[str], bool]
 
     def begin(self, shard: int, prompt_id: str | None = None) -> Mark:
-        """Note that a try begins."""
+        """Record that a try starts."""
         return self._begin(self._of(shard), prompt_id)
 
     def begin_loading(self) -> Mark:
-        """Note that this worker begins to load its model."""
+        """Record that this worker starts to load its model."""
         return self._begin(self._loads, None)
 
     def failed(self, mark: Mark, reason: str) -> None:
-        """Note why a try failed, for good."""
+        """Record permanently why a try failed."""
         attempt = Try(mark.attempt.prompt_id, mark.attempt.node, reason)
         write_json(mark.path, asdict(attempt))
 
     def ended(self, mark: Mark) -> None:
-        """Forget a try that came to its end."""
+        """Remove the marker of a try that ended."""
         with reached(mark.path, "remove"):
             mark.path.unlink()
 
     def tries(self, shard: int) -> list[Try]:
-        """The tries of a shard that failed, or never ended."""
+        """Return the tries of a shard that failed or never ended."""
         return _read_tries(self._of(shard))
 
     def loads(self) -> list[Try]:
-        """This worker's loads of its model that never ended, since the last one that did."""
+        """Return this worker's model loads that never ended, since the last one that did."""
         return _read_tries(self._loads)
 
     def loaded(self) -> None:
-        """Forget this worker's loads."""
+        """Remove the markers of this worker's model loads."""
         remove_folder(self._loads)
 
     def keep(self, shard: int, number: int, made: Groups) -> None:
-        """Keep what a try of prompt `number` alone made."""
+        """Keep the result of a try of prompt `number` alone."""
         write_shard(self._of(shard) / f"made-{number:05d}.parquet", made, made.provenance)
 
     def kept(self, shard: int) -> dict[int, Groups]:
-        """What tries alone have made, by the prompts' numbers in the shard."""
-        found = [path for path in files_in(self._of(shard)) if path.name.startswith("made-")]
-        return {int(path.stem.removeprefix("made-")): read_shard(path) for path in found}
+        """Return the results of prompts tried alone, by the prompts' numbers in the shard."""
+        paths = [path for path in files_in(self._of(shard)) if path.name.startswith("made-")]
+        return {int(path.stem.removeprefix("made-")): read_shard(path) for path in paths}
 
     def forget(self, shard: int) -> None:
-        """Remove all that is noted of a shard."""
+        """Remove all records of a shard."""
         remove_folder(self._of(shard))
 
     def charged(self, tries: Sequence[Try], forgiven: int) -> int:
-        """How many of the tries count: those that ended with their node only beyond `forgiven`."""
+        """Count the tries; of those lost with their node, only the ones beyond `forgiven` count."""
         lost = sum(1 for it in tries if it.reason is None and not self.alive(it.node))
         return len(tries) - min(lost, forgiven)
 
@@ -110,12 +110,12 @@ class Ledger:
 
 
 def _read_tries(folder: Path) -> list[Try]:
-    found = [path for path in files_in(folder) if path.name.startswith("try-")]
-    return [Try(**read_json(path)) for path in found]
+    paths = [path for path in files_in(folder) if path.name.startswith("try-")]
+    return [Try(**read_json(path)) for path in paths]
 
 
 def reasons(tries: Iterable[Try]) -> str:
-    """Why tries failed: what was raised last, or that the worker died."""
+    """Return why tries failed: the last error raised, or that the worker died."""
     raised = [it.reason for it in tries if it.reason is not None]
     return raised[-1] if raised else DIED
 
@@ -136,15 +136,15 @@ class DeadLetter:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells one from another."""
+        """The key that identifies a dead letter."""
         return self.stage, self.prompt_id
 
 
 @dataclass(frozen=True)
 class DeadLetters:
-    """The prompts set aside: `dead_letters.jsonl` of a run's data, a line each.
+    """The prompts set aside: `dead_letters.jsonl` in a run's data, one line each.
 
-    Workers put theirs into a folder beside (stores cannot append to a file), from where the
+    Workers write to a folder beside the file (stores cannot append to a file), from which the
     command gathers them.
     """
 
@@ -152,31 +152,31 @@ class DeadLetters:
 
     @property
     def path(self) -> Path:
-        """The file, which is there when a prompt was set aside."""
+        """The file, which exists once a prompt was set aside."""
         return self.data / "dead_letters.jsonl"
 
     def add(self, letter: DeadLetter) -> None:
-        """Set a prompt aside, for good once this returns."""
+        """Set a prompt aside; the record is on disk once this returns."""
         write_json(self._new / f"{uuid.uuid4().hex}.json", asdict(letter))
 
     def read(self) -> list[DeadLetter]:
-        """All of them. Raises BonbonError when a line is not one."""
-        found = {letter.key: letter for letter in self._lines()}
+        """Read all of them. Raises BonbonError for a line that is not a dead letter."""
+        letters = {letter.key: letter for letter in self._lines()}
         for path in files_in(self._new):
             if path.suffix == ".json":
                 letter = DeadLetter(**read_json(path))
-                found.setdefault(letter.key, letter)
-        return list(found.values())
+                letters.setdefault(letter.key, letter)
+        return list(letters.values())
 
     def drop_unwritten(self) -> None:
-        """Forget the prompts whose shard was not written without them: it will be tried again."""
+        """Drop the prompts whose shard is not written yet: the shard will be tried again."""
         letters = self.gather()
         final = [letter for letter in letters if is_there(self.data / letter.shards[0])]
         if len(final) < len(letters):
             self._write(final)
 
     def gather(self) -> list[DeadLetter]:
-        """Write all of them into the file, and clear the folder beside; all of them."""
+        """Move those in the folder into the file, and return all of them."""
         letters = self.read()
         if files_in(self._new):
             self._write(letters)
@@ -205,5 +205,5 @@ def _letter(line: str, path: Path) -> DeadLetter:
         return DeadLetter(**values)
     except (ValueError, TypeError) as error:
         raise BonbonError(
-            f"{path} has a line that is no dead letter ({line!r:.60}); delete it"
+            f"{path} has a line that is not a dead letter ({line!r:.60}); delete it"
         ) from error

@@ -1,7 +1,7 @@
 """Back-pressure by the number of shards that wait between two stages.
 
-Ray Data holds an operator back by the bytes that its output takes in the object store. Here the
-rows are numbers, so samplers would run ahead of the scorers without end; this counts rows instead.
+Ray Data limits an operator by the bytes of its output in the object store. Here the rows are
+numbers, so samplers would run ahead of the scorers without limit; this policy counts rows instead.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ AHEAD = 2  # shards that may wait for each worker of the stage that comes next
 
 
 class FewWait(BackpressurePolicy):
-    """Begin nothing while `AHEAD` rows a worker of the next stage wait for it."""
+    """A policy that starts no row while `AHEAD` rows wait for each worker of the next stage."""
 
     def can_add_input(self, op: Any) -> bool:
-        """Whether `op` may begin another row."""
+        """Return whether `op` may start another row."""
         return all(self._has_room(following) for following in op.output_dependencies)
 
     def _has_room(self, op: Any) -> bool:
         pools = op.get_autoscaling_actor_pools()
         workers = sum(it.num_running_actors() - it.num_restarting_actors() for it in pools)
-        # With no worker alive, waiting for one could be for ever: it may need what these hold.
+        # With no worker alive, waiting could take forever: a worker may need what these hold.
         waiting: int = self._topology[op].total_enqueued_input_blocks()
         return not workers or waiting < AHEAD * workers
 
 
 def policies() -> list[type[BackpressurePolicy]]:
-    """Ray Data's own policies and this one."""
+    """Return Ray Data's own policies and this one."""
     return [*ENABLED_BACKPRESSURE_POLICIES, FewWait]

@@ -1,4 +1,4 @@
-"""The command's side: one Ray Data pipeline from shard numbers to groups."""
+"""The Ray Data pipeline, from shard numbers to groups, that the command runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from bonbon.cluster.attempts import DeadLetters
 from bonbon.cluster.session import check_room, cluster, pools_of, watched_head
-from bonbon.cluster.workers import Job, ShardWorker, attempts_folder
+from bonbon.cluster.workers import ShardWorker, WorkerSettings, attempts_folder
 from bonbon.config.engine import PoolConfig, RayEngineConfig
 from bonbon.groups.shards import shard_indices
 from bonbon.runs.run_folder import RunFolder
@@ -26,15 +26,15 @@ from bonbon.system.storage import is_remote, remove_folder
 
 
 def work_on_cluster(folder: RunFolder, stages: Sequence[str], engine: RayEngineConfig) -> None:
-    """Do `sample`, `score` or both, in this order, by Ray's workers; see `bonbon.cluster`.
+    """Run `sample`, `score` or both, in this order, on Ray's workers; see `bonbon.cluster`.
 
-    It says how many prompts are set aside, also by an earlier start. Raises BonbonError when Ray
-    is not installed, the cluster cannot be reached or is too small, a model cannot be loaded, the
-    storage not be written, or more prompts fail than `engine.max_dead_letters`.
+    Prints how many prompts are set aside, by earlier starts too. Raises BonbonError when Ray is not
+    installed, the cluster cannot be reached or is too small, a model cannot be loaded, the storage
+    cannot be written, or more prompts fail than `engine.max_dead_letters`.
     """
     folder = _absolute(folder)
     letters = DeadLetters(folder.data)
-    with _always(letters.gather):
+    with _at_end(letters.gather):
         if stages and (todo := _todo(folder, stages)):
             _work(folder, stages, engine, todo)
     if known := letters.read():
@@ -43,7 +43,7 @@ def work_on_cluster(folder: RunFolder, stages: Sequence[str], engine: RayEngineC
 
 
 def _absolute(folder: RunFolder) -> RunFolder:
-    """The folder by paths that hold in another process."""
+    """Return the run's folder with absolute paths, which hold in another process."""
     config = folder.config
     if config.storage is not None and not is_remote(folder.data):
         storage = {"storage": str(folder.data.absolute())}
@@ -52,10 +52,10 @@ def _absolute(folder: RunFolder) -> RunFolder:
 
 
 def _todo(folder: RunFolder, stages: Sequence[str]) -> list[int]:
-    """The shards that the first of the stages has to read and one of them has to write."""
+    """Return the shards that the first stage can read and that some stage has yet to write."""
     done = [set(shard_indices(folder.ways(stage)[1])) for stage in stages]
-    every = set.intersection(*done)
-    return [i for i in shard_indices(folder.ways(stages[0])[0]) if i not in every]
+    finished = set.intersection(*done)
+    return [i for i in shard_indices(folder.ways(stages[0])[0]) if i not in finished]
 
 
 def _work(
@@ -66,31 +66,33 @@ def _work(
     with (
         cluster(engine.address) as ray,
         progress_bar(title, 0, "prompts") as bar,
-        _begun(folder, engine) as job,
+        _worker_settings(folder, engine) as settings,
     ):
         check_room(ray, pools)
         bar.set(0, prompt_count(folder.ways(stages[0])[0], todo))
         try:
             with _quiet_context(ray), watched_head(ray):
-                _watch(_rows(ray, job, dict(zip(stages, pools.values(), strict=True)), todo), bar)
+                _watch(
+                    _rows(ray, settings, dict(zip(stages, pools.values(), strict=True)), todo), bar
+                )
         except Exception as error:
-            raise _sentence(ray, error) from error
+            raise _as_bonbon_error(ray, error) from error
 
 
 @contextmanager
-def _begun(folder: RunFolder, engine: RayEngineConfig) -> Iterator[Job]:
-    """What workers are told; the tries that they note are forgotten before and after."""
+def _worker_settings(folder: RunFolder, engine: RayEngineConfig) -> Iterator[WorkerSettings]:
+    """Make the workers' settings; the records of tries are removed before and after."""
     name = uuid.uuid4().hex[:8]
     attempts = attempts_folder(folder, name)
-    # In a store, which has no locks, another command may have its own.
+    # A store has no locks, so another command may have its own records there.
     own = attempts if is_remote(folder.data) else attempts.parent
     remove_folder(own)
     write_json(attempts / "begun", {"by": os.getpid()})
     letters = DeadLetters(folder.data)
     letters.drop_unwritten()
     set_aside = frozenset(letter.key for letter in letters.read())
-    with _always(partial(remove_folder, own)):
-        yield Job(
+    with _at_end(partial(remove_folder, own)):
+        yield WorkerSettings(
             path=folder.path,
             config=folder.config,
             cwd=os.getcwd(),
@@ -102,8 +104,8 @@ def _begun(folder: RunFolder, engine: RayEngineConfig) -> Iterator[Job]:
 
 
 @contextmanager
-def _always(last: Callable[[], object]) -> Iterator[None]:
-    """Do `last` at the end; where that fails too, what failed first is raised."""
+def _at_end(last: Callable[[], object]) -> Iterator[None]:
+    """Call `last` at the end; where both fail, raise the first error."""
     try:
         yield
     except BaseException:
@@ -118,21 +120,20 @@ def _always(last: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def _quiet_context(ray: ModuleType) -> Iterator[None]:
-    """Ray Data's settings for shards that take long and rows that weigh nothing."""
+    """Set Ray Data up for shards that take long and rows of almost no bytes."""
     from bonbon.cluster.backpressure import POLICIES, policies
 
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a shard may well take half an hour
-    context.raise_original_map_exception = True  # or a worker's sentence is lost on the way
-    # A worker has one shard at a time, so a pool is in full use at 1 and not, as with the default
-    # of two, at 1.75.
+    context.execution_no_progress_timeout_s = -1  # a shard can take half an hour
+    context.raise_original_map_exception = True  # else a worker's message is lost
+    # A worker has one shard at a time, so a pool is fully used at 1; the default, 1.75, is for two.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     context.set_config(POLICIES, policies())
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # what goes wrong is raised, too
+    logger.setLevel(logging.CRITICAL)  # errors are raised as well
     try:
         with ray.data.DataContext.current(context):
             yield
@@ -141,15 +142,15 @@ def _quiet_context(ray: ModuleType) -> Iterator[None]:
 
 
 def _rows(
-    ray: ModuleType, job: Job, pools: dict[str, PoolConfig], todo: Sequence[int]
+    ray: ModuleType, settings: WorkerSettings, pools: dict[str, PoolConfig], todo: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each shard that has come through all the stages."""
+    """Yield a row for each shard that has passed all stages."""
     numbers = [{"shard": i, "prompts": 0, "tokens": 0, "set_aside": 0} for i in todo]
     data = ray.data.from_items(numbers, override_num_blocks=len(numbers))
     for stage, pool in pools.items():
         data = data.map_batches(
             ShardWorker,
-            fn_constructor_kwargs={"job": job, "stage": stage},
+            fn_constructor_kwargs={"settings": settings, "stage": stage},
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 min_size=min(pool.min, len(todo)),
@@ -174,15 +175,15 @@ def _watch(rows: Iterator[dict[str, Any]], bar: Bar) -> None:
             bar.note(f"{set_aside} set aside")
 
 
-def _sentence(ray: ModuleType, error: BaseException) -> BonbonError:
-    """The BonbonError that a worker raised, or what Ray says."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Ray's error for one that a task raised is of that one's class too.
-        if isinstance(seen, BonbonError) and not isinstance(seen, ray.exceptions.RayError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
+def _as_bonbon_error(ray: ModuleType, error: BaseException) -> BonbonError:
+    """Return the BonbonError that a worker raised, or one with Ray's message."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # Ray's wrapper of a task's error has the class of that error too.
+        if isinstance(cause, BonbonError) and not isinstance(cause, ray.exceptions.RayError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
     return BonbonError(
-        f"Ray stopped: {type(error).__name__}: {first_line(error)}; what is finished stays, and "
-        "the same command goes on"
+        f"Ray stopped: {type(error).__name__}: {first_line(error)}; finished shards are "
+        "kept, and the same command resumes"
     )

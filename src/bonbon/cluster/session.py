@@ -1,4 +1,4 @@
-"""The Ray cluster that a command works on: one it is connected to, or one of its own."""
+"""The Ray cluster that a command uses: an existing one, or one that it starts."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ from typing import Any
 from bonbon.config.engine import PoolConfig, RayEngineConfig
 from bonbon.system.errors import BonbonError, first_line
 
-_PATIENCE = 10.0  # seconds to reach a cluster's address
-_BEAT, _SILENCE = 2.0, 20.0  # seconds between looks whether the head is there, and until it is not
-_OBJECTS = 100 * 2**20  # bytes of shared memory: only shard numbers go through it
+_CONNECT_TIMEOUT = 10.0  # seconds to reach a cluster's address
+_CHECK_EVERY, _LOST_AFTER = (
+    2.0,
+    20.0,
+)  # seconds between checks of the head, and until it counts as lost
+_OBJECT_STORE_BYTES = 100 * 2**20  # bytes of shared memory: only shard numbers go through it
 
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[ModuleType]:
-    """Ray, connected to the cluster at `address` or to one that is ended afterwards.
+    """Connect Ray to the cluster at `address`, or start one that is ended afterwards.
 
-    Where the calling program is connected already, that connection is used and left. Raises
+    Where the calling program is connected already, that connection is used and kept. Raises
     BonbonError when Ray is not installed or the cluster cannot be reached.
     """
     if address is not None:
         _reach(address)
-    elif "ray" not in sys.modules:  # it reads these when it is imported
-        # Ray listens on every address of the machine: only who has the token may use it.
+    elif "ray" not in sys.modules:  # it reads these variables at import
+        # Ray listens on every address of the machine: the token keeps others out.
         if "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # of what goes to standard error too
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # for standard error too
     ray = _imported()
     if ray.is_initialized():
         yield ray
@@ -65,7 +68,7 @@ def _imported() -> ModuleType:
 def _connect(ray: ModuleType, address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
-        own = {"include_dashboard": False, "object_store_memory": _OBJECTS}
+        own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         options |= {"address": "local"} | own
     else:
         options["address"] = address
@@ -86,12 +89,12 @@ def _connect(ray: ModuleType, address: str | None) -> None:
 
 
 def _reach(address: str) -> None:
-    """Raise BonbonError where nothing answers: Ray itself would try for minutes."""
+    """Raise BonbonError where nothing answers; Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return  # `auto`, and names that only Ray knows
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_TIMEOUT).close()
     except OSError as error:
         raise BonbonError(
             f"no Ray cluster answers at {address}: {error.strerror or error}; start one "
@@ -101,7 +104,7 @@ def _reach(address: str) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Drop what is written to standard error below Python; what matters is raised as well."""
+    """Drop writes to standard error from outside Python; errors that matter are raised too."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
@@ -115,7 +118,7 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Ray's own reports of dead workers off the terminal: they are dealt with, and logged."""
+    """Keep Ray's reports of dead workers off the terminal; they are handled, and logged."""
     worker: Any = sys.modules["ray._private.worker"]
     printing = worker.print_to_stdstream
     worker.print_to_stdstream = lambda *_, **__: None
@@ -127,12 +130,12 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def watched_head(ray: ModuleType) -> Iterator[None]:
-    """Raise BonbonError once the cluster's head is gone.
+    """Raise BonbonError once the cluster's head is lost.
 
-    Ray itself waits for a minute and then ends the process without a word.
+    Ray itself waits for a minute and then ends the process without a message.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # a signal would reach the main one
+        yield  # a signal would reach the main thread
         return
     address: str = ray.get_runtime_context().gcs_address
     lost, over = threading.Event(), threading.Event()
@@ -144,8 +147,8 @@ def watched_head(ray: ModuleType) -> Iterator[None]:
         if not lost.is_set():
             raise
         raise BonbonError(
-            f"the head of the Ray cluster, at {address}, cannot be reached any more; what is "
-            "finished stays, and the same command goes on"
+            f"the head of the Ray cluster, at {address}, cannot be reached any more; "
+            "finished shards are kept, and the same command resumes"
         ) from None
     finally:
         over.set()
@@ -153,14 +156,14 @@ def watched_head(ray: ModuleType) -> Iterator[None]:
 
 
 def _watch(address: str, lost: threading.Event, over: threading.Event) -> None:
-    """Interrupt the main thread when the head has not answered for some time."""
+    """Interrupt the main thread when the head has not answered for `_LOST_AFTER` seconds."""
     host, _, port = address.rpartition(":")
     answered = time.monotonic()
-    while not over.wait(_BEAT):
+    while not over.wait(_CHECK_EVERY):
         with suppress(OSError):
-            socket.create_connection((host.strip("[]"), int(port)), _BEAT).close()
+            socket.create_connection((host.strip("[]"), int(port)), _CHECK_EVERY).close()
             answered = time.monotonic()
-        if time.monotonic() - answered > _SILENCE:
+        if time.monotonic() - answered > _LOST_AFTER:
             lost.set()
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             return
@@ -176,7 +179,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def check_room(ray: ModuleType, pools: Mapping[str, PoolConfig]) -> None:
-    """Raise BonbonError when the smallest pools do not fit the cluster; Ray would wait for ever."""
+    """Raise BonbonError when the smallest pools do not fit the cluster; Ray would wait forever."""
     total = ray.cluster_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for resource, field in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
@@ -200,6 +203,6 @@ def check_room(ray: ModuleType, pools: Mapping[str, PoolConfig]) -> None:
 
 
 def pools_of(engine: RayEngineConfig, stages: list[str]) -> dict[str, PoolConfig]:
-    """The pools that stages work with, by their names in the configuration."""
-    found = {"sample": ("samplers", engine.samplers), "score": ("scorers", engine.scorers)}
-    return dict(found[stage] for stage in stages)
+    """Return the stages' pools, by their names in the configuration."""
+    pools = {"sample": ("samplers", engine.samplers), "score": ("scorers", engine.scorers)}
+    return dict(pools[stage] for stage in stages)

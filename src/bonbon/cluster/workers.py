@@ -1,4 +1,4 @@
-"""What a worker does with a shard: the stage's own code, and what to do when that fails."""
+"""The work of a Ray worker on a shard: run the stage, and find the prompts that make it fail."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from bonbon.runs.shard_work import ShardWork
 from bonbon.runs.work import opened_work
 from bonbon.system.errors import BonbonError, UnavailableError
 from bonbon.system.storage import is_there
-from bonbon.system.user_functions import said
+from bonbon.system.user_functions import error_text
 
-HOPELESS = 5  # so many prompts of a shard that fail alone, and none that does not: not their fault
-_ENGINES = frozenset({"torch", "vllm"})  # whose exceptions may leave a process broken
+MAX_LONE_FAILURES = 5  # failures alone without one success: the prompts are not at fault
+_ENGINES = frozenset({"torch", "vllm"})  # their exceptions may leave a process broken
 _LONGEST_REASON = 1000  # characters
 
 Row = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the command tells its workers. `attempts` is a folder with the file `begun`."""
+class WorkerSettings:
+    """The settings that the command sends its workers. `attempts` names the folder of tries."""
 
     path: Path
     config: RunConfig
@@ -47,25 +47,25 @@ class Job:
 
 
 def attempts_folder(folder: RunFolder, name: str) -> Path:
-    """Where the tries of one start of a command are noted."""
+    """Return the folder that records the tries of one start of a command."""
     return folder.data / ".bonbon" / "attempts" / name
 
 
 class ShardWorker:
-    """One of Ray's actors: it does `stage` for the shards whose numbers it is called with.
+    """A Ray actor that runs `stage` on the shards whose numbers it is called with.
 
-    The model is loaded at the first shard. What fails there, or with the storage, is raised and
-    ends the run.
+    The model is loaded at the first shard. An error there, or of the storage, is raised and ends
+    the run.
     """
 
-    def __init__(self, job: Job, stage: str) -> None:
-        self._job = job
+    def __init__(self, settings: WorkerSettings, stage: str) -> None:
+        self._settings = settings
         self._stage = stage
         self._stack = ExitStack()
-        self._shop: Workshop | None = None
+        self._processor: ShardProcessor | None = None
 
     def __call__(self, batch: Row) -> dict[str, np.ndarray]:
-        """Rows of shard, prompts, tokens and set_aside, with this stage's counts."""
+        """Process shards; return rows of shard, prompts, tokens and set_aside, with the counts."""
         done = [self._do(int(shard)) for shard in batch["shard"]]
         tokens = np.asarray([it.tokens for it in done]) + batch["tokens"]
         return {
@@ -79,28 +79,28 @@ class ShardWorker:
         self._stack.close()
 
     def _do(self, shard: int) -> Done:
-        if self._shop is None:
-            self._shop = self._enter()
-        return self._shop.do(shard)
+        if self._processor is None:
+            self._processor = self._enter()
+        return self._processor.do(shard)
 
-    def _enter(self) -> Workshop:
-        """Look whether the run's folder can be seen from here."""
-        job = self._job
-        if os.path.isdir(job.cwd):
-            os.chdir(job.cwd)
-        folder = job.folder()
-        attempts = attempts_folder(folder, job.attempts)
+    def _enter(self) -> ShardProcessor:
+        """Check that this node can access the run's folder, and set up the stage."""
+        settings = self._settings
+        if os.path.isdir(settings.cwd):
+            os.chdir(settings.cwd)
+        folder = settings.folder()
+        attempts = attempts_folder(folder, settings.attempts)
         if not is_there(attempts / "begun"):
             raise BonbonError(
                 f"a worker on {socket.gethostname()} does not see {folder.data}; put it on a file "
                 "system that all nodes share, or set `storage` to a place that all of them reach"
             )
         ledger = _ledger(attempts / self._stage)
-        return Workshop(job, self._stage, folder, ledger, self._stack)
+        return ShardProcessor(settings, self._stage, folder, ledger, self._stack)
 
 
 def _ledger(folder: Path) -> Ledger:
-    """The ledger for this process, one of Ray's actors."""
+    """Return the ledger for this process, a Ray actor."""
     import ray
 
     context = ray.get_runtime_context()
@@ -113,7 +113,7 @@ def _ledger(folder: Path) -> Ledger:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a shard."""
+    """The counts of a finished shard."""
 
     prompts: int
     tokens: int = 0
@@ -121,10 +121,10 @@ class Done:
 
 
 @dataclass
-class Workshop:
-    """A stage's work in this process, with the blame for what fails. See `bonbon.cluster`."""
+class ShardProcessor:
+    """A stage in this process, which sets aside prompts that make it fail. See `bonbon.cluster`."""
 
-    job: Job
+    settings: WorkerSettings
     stage: str
     folder: RunFolder
     ledger: Ledger
@@ -132,13 +132,13 @@ class Workshop:
     _work: ShardWork | None = None
 
     def do(self, shard: int) -> Done:
-        """Make a shard, unless it is there. Raises BonbonError for what ends the run."""
+        """Process a shard, unless it exists already. Raises BonbonError for what ends the run."""
         source, target = self.folder.ways(self.stage)
         if is_there(shard_path(target, shard)):
             return Done(shard_rows(shard_path(source, shard)))
         work = self._opened()
         past = self.ledger.tries(shard)
-        mark = self.ledger.begin(shard)  # before it is read: what kills may be in the file
+        mark = self.ledger.begin(shard)  # before reading: the file itself may kill the process
         groups = work.read(shard)
         left = self._left(groups)
         made = None
@@ -154,13 +154,13 @@ class Workshop:
         return Done(len(groups), int(made.provenance["tokens"]), len(groups) - len(made))
 
     def _opened(self) -> ShardWork:
-        """The work, with its model loaded once. Raises BonbonError when loading kills workers."""
+        """Load the model, once. Raises BonbonError when loading keeps killing workers."""
         if self._work is None:
             lost = self.ledger.loads()
-            if self.ledger.charged(lost, self.job.tries) >= self.job.tries:
+            if self.ledger.charged(lost, self.settings.tries) >= self.settings.tries:
                 raise BonbonError(
                     f"a worker on {socket.gethostname()} died {len(lost)} times while it loaded "
-                    f"what it {self.stage}s with; that may need more memory than there is"
+                    f"its model to {self.stage}; the model may need more memory than there is"
                 )
             self.ledger.begin_loading()
             self._work = self.stack.enter_context(opened_work(self.folder, self.stage))
@@ -168,15 +168,15 @@ class Workshop:
         return self._work
 
     def _left(self, groups: Groups) -> Groups:
-        """The groups without the prompts that were set aside before this start of the command."""
-        left = [it for it in groups if (self.stage, it.prompt_id) not in self.job.set_aside]
+        """Drop the prompts that were set aside before this start of the command."""
+        left = [it for it in groups if (self.stage, it.prompt_id) not in self.settings.set_aside]
         return Groups(left, groups.provenance)
 
     def _suspect(self, shard: int, past: Sequence[Try]) -> bool:
-        """Whether a shard must be tried prompt by prompt."""
+        """Return whether a shard must be tried prompt by prompt."""
         together = [it for it in past if it.prompt_id is None]
-        charged = self.ledger.charged(together, self.job.tries)
-        if charged > self.job.tries:
+        charged = self.ledger.charged(together, self.settings.tries)
+        if charged > self.settings.tries:
             raise BonbonError(
                 f"workers died {len(together)} times at shard {shard} while they read or wrote it; "
                 f"look at Ray's logs, and whether {self.folder.data} is in order"
@@ -184,7 +184,7 @@ class Workshop:
         return charged > 0 or len(together) < len(past)
 
     def _make(self, work: ShardWork, groups: Groups, mark: Mark) -> Groups | None:
-        """What the stage makes of the groups; None, with the reason noted, where it fails."""
+        """Run the stage on the groups; None, with the reason recorded, where it fails."""
         try:
             return work.make(groups)
         except UnavailableError:
@@ -192,11 +192,11 @@ class Workshop:
         except (Exception, SystemExit) as error:
             self.ledger.failed(mark, _reason(error))
             if _may_have_broken(error):
-                os._exit(1)  # Ray starts a worker in this one's place
+                os._exit(1)  # Ray starts another worker in its place
             return None
 
     def _one_by_one(self, work: ShardWork, shard: int, groups: Groups) -> Groups:
-        """The groups that can be made; the others are set aside."""
+        """Process the prompts one by one; set aside those that fail, return the others."""
         kept = self.ledger.kept(shard)
         while (number := self._next(shard, groups, kept)) is not None:
             mark = self.ledger.begin(shard, groups[number].prompt_id)
@@ -212,31 +212,33 @@ class Workshop:
         return _merged(work, groups, kept)
 
     def _next(self, shard: int, groups: Groups, kept: Mapping[int, Groups]) -> int | None:
-        """The prompt to try next, the one with the fewest failures; None when all are done."""
+        """Return the prompt to try next, with the fewest failures; None when all are done."""
         failed = self._failures(shard)
         counts = {
-            number: self.ledger.charged(failed.get(group.prompt_id, []), self.job.tries)
+            number: self.ledger.charged(failed.get(group.prompt_id, []), self.settings.tries)
             for number, group in enumerate(groups)
             if number not in kept
         }
-        hopeless = min(HOPELESS, max(2, len(groups)))  # one prompt alone may well be at fault
-        if not kept and sum(count > 0 for count in counts.values()) >= hopeless:
+        limit = min(MAX_LONE_FAILURES, max(2, len(groups)))  # a single prompt can be at fault
+        if not kept and sum(count > 0 for count in counts.values()) >= limit:
             raise BonbonError(
-                f"{hopeless} prompts of shard {shard} could not be {self.stage}d, each alone, and "
+                f"{limit} prompts of shard {shard} could not be {self.stage}d, each alone, and "
                 f"none could: {reasons(it for tries in failed.values() for it in tries)}; that is "
-                "no single prompt's fault, so none is set aside; the same command goes on"
+                "no single prompt's fault, so none is set aside; the same command resumes"
             )
-        # The try of the whole shard was each prompt's first.
-        left = [number for number, count in counts.items() if count < max(1, self.job.tries - 1)]
+        # The try of the whole shard was the first try of each prompt.
+        left = [
+            number for number, count in counts.items() if count < max(1, self.settings.tries - 1)
+        ]
         return min(left, key=lambda number: (counts[number], number), default=None)
 
     def _failures(self, shard: int) -> dict[str, list[Try]]:
-        """The failed tries of a shard's prompts, each alone."""
-        found: dict[str, list[Try]] = {}
+        """Return the failed tries of single prompts of a shard, by prompt."""
+        failed: dict[str, list[Try]] = {}
         for attempt in self.ledger.tries(shard):
             if attempt.prompt_id is not None:
-                found.setdefault(attempt.prompt_id, []).append(attempt)
-        return found
+                failed.setdefault(attempt.prompt_id, []).append(attempt)
+        return failed
 
     def _set_aside(self, shard: int, group: Group, failed: Sequence[Try]) -> None:
         letters = DeadLetters(self.folder.data)
@@ -249,16 +251,16 @@ class Workshop:
         tries = len(failed) + 1
         letters.add(DeadLetter(self.stage, group.prompt_id, group.prompt, reason, tries, names))
         count = len(letters.read())
-        if count > self.job.max_dead_letters:
+        if count > self.settings.max_dead_letters:
             raise BonbonError(
                 f"{count} prompts were set aside, more than engine.max_dead_letters = "
-                f"{self.job.max_dead_letters}, the last because: {reason}; see {letters.path}, "
-                "and put right what fails or raise the limit"
+                f"{self.settings.max_dead_letters}, the last because: {reason}; see "
+                f"{letters.path}, and fix the cause or raise the limit"
             )
 
 
 def _merged(work: ShardWork, groups: Groups, kept: Mapping[int, Groups]) -> Groups:
-    """What was made prompt by prompt, as if it had been made at once."""
+    """Join results made prompt by prompt, as if the shard had been processed at once."""
     parts = [kept[number] for number in sorted(kept)]
     provenance = work.make(Groups([], groups.provenance)).provenance
     for name in ("tokens", "seconds"):
@@ -269,12 +271,14 @@ def _merged(work: ShardWork, groups: Groups, kept: Mapping[int, Groups]) -> Grou
 def _reason(error: BaseException) -> str:
     if isinstance(error, BonbonError):
         return str(error)
-    told = said(error) if isinstance(error, Exception) else f"the stage's code exited ({error})"
-    return " ".join(told.split())[:_LONGEST_REASON]
+    message = (
+        error_text(error) if isinstance(error, Exception) else f"the stage's code exited ({error})"
+    )
+    return " ".join(message.split())[:_LONGEST_REASON]
 
 
 def _may_have_broken(error: BaseException) -> bool:
-    """Whether later calls in this process may fail because of this failure."""
+    """Return whether this error may make later calls in this process fail."""
     if not isinstance(error, BonbonError):
         return True
     cause: BaseException | None = error

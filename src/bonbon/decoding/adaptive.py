@@ -90,17 +90,17 @@ class AdaptiveN(Strategy):
         """See `Strategy.generate`. Raises ValueError without a reward."""
         if reward is None:
             raise ValueError("adaptive n stops and chooses by a reward; pass one")
-        found: dict[int, Candidates] = {}
+        candidates: dict[int, Candidates] = {}
         still_open = list(range(len(prompts)))
         for numbers in self.rounds(source.config.n):
             drawn = source.draw([prompts[i] for i in still_open], [numbers] * len(still_open))
             for i, new in zip(still_open, score(drawn, reward), strict=True):
-                found[i] = _with(found[i], new) if i in found else new
-            still_open = [i for i in still_open if self.goes_on(found[i].group)]
+                candidates[i] = _with(candidates[i], new) if i in candidates else new
+            still_open = [i for i in still_open if self.keeps_drawing(candidates[i].group)]
             if not still_open:
                 break
-        best = [int(np.argmax(found[i].group.rewards or ())) for i in range(len(prompts))]
-        return [Generation(found[i].group, k, found[i].cost) for i, k in enumerate(best)]
+        best = [int(np.argmax(candidates[i].group.rewards or ())) for i in range(len(prompts))]
+        return [Generation(candidates[i].group, k, candidates[i].cost) for i, k in enumerate(best)]
 
     def rounds(self, n: int) -> list[range]:
         """Which of a prompt's n draws each round makes."""
@@ -109,7 +109,7 @@ class AdaptiveN(Strategy):
             range(start, stop) for start, stop in pairwise([0, *range(first, n, self.batch), n])
         ]
 
-    def goes_on(self, group: Group) -> bool:
+    def keeps_drawing(self, group: Group) -> bool:
         """Whether a further draw is worth its price.
 
         Draws that failed do not count towards `min_n`, but they do towards n.
@@ -119,6 +119,6 @@ class AdaptiveN(Strategy):
         return group.n < self.min_n or expected_gain(group.rewards) >= self.price * tokens
 
 
-def _with(found: Candidates, new: Candidates) -> Candidates:
+def _with(old: Candidates, new: Candidates) -> Candidates:
     """Candidates of one prompt after further ones of it."""
-    return Candidates(joined([found.group, new.group]), found.cost + new.cost)
+    return Candidates(joined([old.group, new.group]), old.cost + new.cost)

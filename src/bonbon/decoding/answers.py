@@ -50,8 +50,8 @@ def final_line(text: str) -> str | None:
 def gsm8k(text: str) -> str | None:
     """The number behind the last `####`, on its line, as GSM8K's answers end; None without one."""
     _, mark, behind = text.rpartition("####")
-    found = _NUMBER.search(behind.partition("\n")[0]) if mark else None
-    return None if found is None else _spelt(found)
+    number = _NUMBER.search(behind.partition("\n")[0]) if mark else None
+    return None if number is None else _spelt(number)
 
 
 def _closing_brace(text: str, start: int) -> int | None:

@@ -34,8 +34,8 @@ def strategy_class(name: str) -> type[Strategy]:
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}; there are {', '.join(STRATEGIES)}")
     module, _, kind = STRATEGIES[name].partition(":")
-    found: type[Strategy] = getattr(import_module(f"bonbon.decoding.{module}"), kind)
-    return found
+    strategy: type[Strategy] = getattr(import_module(f"bonbon.decoding.{module}"), kind)
+    return strategy
 
 
 def parse_strategy(value: Any) -> Strategy:
@@ -60,7 +60,7 @@ def parse_strategy(value: Any) -> Strategy:
 
 
 def _explain(kind: type[Strategy], name: str, error: ValidationError) -> list[str]:
-    said = []
+    messages = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
@@ -69,12 +69,12 @@ def _explain(kind: type[Strategy], name: str, error: ValidationError) -> list[st
             message = f"unknown setting (of {name}: {known})"
         elif problem["type"] == "missing":
             what = kind.model_fields[where].description or "no default"
-            said.append(f"strategy {name} needs the setting {where} ({what})")
+            messages.append(f"strategy {name} needs the setting {where} ({what})")
             continue
         elif where:
             message = f"{problem['input']!r:.60}: {message}"
-        said.append(f"strategy {name}, {where}: {message}" if where else f"{name}: {message}")
-    return said
+        messages.append(f"strategy {name}, {where}: {message}" if where else f"{name}: {message}")
+    return messages
 
 
 def strategy_name(strategy: Strategy) -> str:

@@ -90,10 +90,12 @@ def with_named(
     reward = reward or (changed["reward"] if isinstance(changed.get("reward"), str) else None)
     if reward is not None:
         changed["reward"] = reward_settings(reward).model_dump(exclude_defaults=True)
-    found = changed.get("strategy") or DEFAULT_STRATEGY
-    found = {"name": found} if isinstance(found, str) else found  # --set reaches its settings
-    other = isinstance(found, dict) and strategy not in (None, found.get("name"))
-    changed["strategy"] = {"name": strategy} if other else found
+    current = changed.get("strategy") or DEFAULT_STRATEGY
+    current = (
+        {"name": current} if isinstance(current, str) else current
+    )  # --set reaches its settings
+    other = isinstance(current, dict) and strategy not in (None, current.get("name"))
+    changed["strategy"] = {"name": strategy} if other else current
     for option, value in options.items():
         section, _, key = option.rpartition(".")
         if value is not None:

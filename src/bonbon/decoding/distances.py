@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from bonbon.decoding.strategy import Floats, Source
 from bonbon.groups.group import Group
 from bonbon.system.errors import BonbonError, UserCodeError
-from bonbon.system.user_functions import import_function, said
+from bonbon.system.user_functions import error_text, import_function
 
 EMBEDDING = "embedding"
 
@@ -78,7 +78,7 @@ def function_distances(name: str, group: Group) -> Floats:
     try:
         apart = np.asarray(function(list(group.completions)), dtype=np.float64)
     except Exception as error:  # the user's code: anything may come out of it
-        raise UserCodeError(f"distance function {name!r} failed: {said(error)}") from error
+        raise UserCodeError(f"distance function {name!r} failed: {error_text(error)}") from error
     return _checked(apart, f"distance function {name!r}", group)
 
 

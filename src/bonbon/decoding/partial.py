@@ -131,13 +131,13 @@ def _token_log_probs(model: PreTrainedModel, group: Group, temperature: float) -
     from bonbon.models.padding import pad_rows, token_batches
 
     lengths = [len(group.prompt_token_ids) + count for count in group.lengths()]
-    found: list[Floats] = [np.empty(0)] * group.n
+    log_probs: list[Floats] = [np.empty(0)] * group.n
     for batch in token_batches(group.token_ids, lengths, forward_batch_tokens(None, model.device)):
         ids = [group.token_ids[index] for index in batch]
         rows = pad_rows([group.prompt_token_ids] * len(batch), ids, 0)
         for index, row in zip(batch, _forward(model, rows, temperature), strict=True):
-            found[index] = row[: len(group.token_ids[index])]
-    return found
+            log_probs[index] = row[: len(group.token_ids[index])]
+    return log_probs
 
 
 def _forward(model: PreTrainedModel, rows: PaddedRows, temperature: float) -> Floats:

@@ -138,8 +138,10 @@ class Stepwise(Strategy):
         if reward is None:
             raise ValueError(f"strategy {name} chooses by a reward; pass one")
         score = self.score(source, reward)
-        found = [timed(self.answer, prompt, source, score, reward) for prompt in prompts]
+        timed_generations = [
+            timed(self.answer, prompt, source, score, reward) for prompt in prompts
+        ]
         return [
             replace(generation, cost=generation.cost + Cost(seconds=seconds))
-            for generation, seconds in found
+            for generation, seconds in timed_generations
         ]

@@ -137,14 +137,14 @@ class WholeDraws(Strategy):
         candidates = source.draw(prompts, ks)
         if reward is not None:
             candidates = score(candidates, reward)
-        with_time = [timed(self._choose, found, source) for found in candidates]
+        with_time = [timed(self._choose, item, source) for item in candidates]
         return [
-            Generation(found.group, chosen, found.cost + Cost(seconds=seconds))
-            for found, (chosen, seconds) in zip(candidates, with_time, strict=True)
+            Generation(item.group, chosen, item.cost + Cost(seconds=seconds))
+            for item, (chosen, seconds) in zip(candidates, with_time, strict=True)
         ]
 
-    def _choose(self, found: Candidates, source: Source) -> int:
-        return pick(self.weights(found.group, source), source.config.seed, found.group.prompt_id)
+    def _choose(self, drawn: Candidates, source: Source) -> int:
+        return pick(self.weights(drawn.group, source), source.config.seed, drawn.group.prompt_id)
 
 
 def one_hot(index: int, n: int) -> Floats:
@@ -166,14 +166,14 @@ def score(candidates: Sequence[Candidates], reward: Reward) -> list[Candidates]:
     """The candidates with their rewards, all scored in one call of the reward, and its cost."""
     from bonbon.rewards.reward import score_groups
 
-    total = sum(found.group.n for found in candidates)
+    total = sum(item.group.n for item in candidates)
     if total == 0:
-        return [Candidates(found.group.with_rewards(()), found.cost) for found in candidates]
-    rewards, seconds = timed(score_groups, reward, [found.group for found in candidates])
+        return [Candidates(item.group.with_rewards(()), item.cost) for item in candidates]
+    rewards, seconds = timed(score_groups, reward, [item.group for item in candidates])
     return [
         Candidates(
-            found.group.with_rewards(values),
-            found.cost + Cost(reward_calls=found.group.n, seconds=seconds * found.group.n / total),
+            item.group.with_rewards(values),
+            item.cost + Cost(reward_calls=item.group.n, seconds=seconds * item.group.n / total),
         )
-        for found, values in zip(candidates, rewards, strict=True)
+        for item, values in zip(candidates, rewards, strict=True)
     ]

@@ -96,11 +96,11 @@ class TreeBoN(Stepwise):
             group = joined([rows.scored(), *rows.left])
             return Generation(group, best_whole(group), rows.cost())
         unscored = rows.rows.group().with_rewards([math.nan] * rows.n)
-        group, calls = _finally_scored(joined([unscored, *rows.left]), reward)
+        group, calls = _with_final_rewards(joined([unscored, *rows.left]), reward)
         return Generation(group, best_whole(group), rows.cost() + Cost(reward_calls=calls))
 
 
-def _finally_scored(group: Group, reward: Reward) -> tuple[Group, int]:
+def _with_final_rewards(group: Group, reward: Reward) -> tuple[Group, int]:
     """The group with the reward of its whole completions, and how many these are."""
     whole = [row for row, why in enumerate(group.finish_reasons) if why != REJECTED]
     rewards = np.array(group.rewards)

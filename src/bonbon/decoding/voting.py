@@ -25,7 +25,7 @@ from bonbon.decoding.strategy import Floats, Generation, Source, WholeDraws, one
 from bonbon.groups.group import Group
 from bonbon.groups.prompts import EncodedPrompt
 from bonbon.system.errors import UserCodeError
-from bonbon.system.user_functions import import_function, said
+from bonbon.system.user_functions import error_text, import_function
 
 if TYPE_CHECKING:
     from bonbon.rewards.reward import Reward
@@ -88,7 +88,7 @@ def extract(function: Callable[[str], Any], name: str, group: Group) -> list[str
         except Exception as error:  # the user's code: anything may come out of it
             raise UserCodeError(
                 f"extractor {name!r} failed at prompt {group.prompt_id}, completion {k} "
-                f"({completion!r:.60}): {said(error)}"
+                f"({completion!r:.60}): {error_text(error)}"
             ) from error
     return answers
 

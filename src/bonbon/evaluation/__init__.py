@@ -1,6 +1,6 @@
-"""Estimators: what a policy gained, what it cost, and how sure that is.
+"""Estimators of win rate, KL, drift and forgetting, with confidence intervals.
 
-Names are imported when they are first used, so that only the KLs load torch.
+Names are imported at first use, so that only the KLs load torch.
 """
 
 from __future__ import annotations

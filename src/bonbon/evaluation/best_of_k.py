@@ -1,7 +1,8 @@
-"""Best-of-k from n draws, for every k: expected reward and win rate by the unbiased estimator.
+"""Unbiased estimates of best-of-k's reward and win rate, for every k, from one set of draws.
 
 The best of a random k-subset of m draws is the i-th smallest with probability C(i−1, k−1)/C(m, k),
-so the mean over all subsets needs no subset to be drawn. Tied draws share the choice evenly.
+so the mean over all subsets is exact, without drawing subsets. Tied draws share the probability
+evenly.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from bonbon.tilt.best_of_n import BestOfN
 
 @lru_cache(maxsize=64)
 def _subsets_below(m: int) -> Floats:
-    """C(x, k)/C(m, k), the share of k-subsets within the x smallest; shape (k = 1..m, x = 0..m)."""
+    """Compute C(x, k)/C(m, k), the share of k-subsets of the x smallest, shape (k, x = 0..m)."""
     counts = [[math.comb(x, k) / math.comb(m, k) for x in range(m + 1)] for k in range(1, m + 1)]
     return np.array(counts)
 
 
 def best_of_k_weights(selected_by: ArrayLike) -> Floats:
-    """P(draw i is the best of a random k-subset), shape (k = 1..m, m); every row sums to 1.
+    """Compute P(draw i is the best of a random k-subset), shape (k = 1..m, m); rows sum to 1.
 
     Args:
-        selected_by: the rewards that best-of-k chooses by, shape (m,); ties share evenly.
+        selected_by: the rewards that select, shape (m,); ties share evenly.
     """
     rewards = np.asarray(selected_by, np.float64)
     below = (rewards[None, :] < rewards[:, None]).sum(axis=1)
@@ -43,7 +44,7 @@ def best_of_k_weights(selected_by: ArrayLike) -> Floats:
 
 
 def best_of_k_means(selected_by: ArrayLike, values: ArrayLike) -> Floats:
-    """Expected value of best-of-k's choice for k = 1..m, shape (m,): rewards, lengths, …
+    """Estimate the mean of a value (reward, length, …) over best-of-k, for k = 1..m, shape (m,).
 
     Unbiased for every k ≤ m. `values` has shape (m,), in the order of `selected_by`.
     """
@@ -51,20 +52,20 @@ def best_of_k_means(selected_by: ArrayLike, values: ArrayLike) -> Floats:
 
 
 def best_of_k_win_rates(selected_by: ArrayLike, judged_by: ArrayLike) -> Floats:
-    """Win rate of best-of-k against one more draw, for k = 1..m−1, shape (m − 1,).
+    """Estimate the win rate of best-of-k against one more draw, for k = 1..m−1, shape (m − 1,).
 
     The mean, over every opponent j and every k-subset of the other draws, of the win of the
-    subset's best: unbiased. From m draws there is no such estimate for k = m, since the opponent
-    has to be a further draw.
+    subset's best: unbiased. There is no such estimate for k = m, since the opponent has to be a
+    further draw.
 
     Args:
-        selected_by: the rewards that best-of-k chooses by, shape (m,).
+        selected_by: the rewards that select, shape (m,).
         judged_by: the rewards that decide the win, shape (m,); often the same.
     """
     chooser, judge = np.asarray(selected_by, np.float64), np.asarray(judged_by, np.float64)
     m = len(chooser)
     less, equal = chooser[None, :] < chooser[:, None], chooser[None, :] == chooser[:, None]
-    # Of draw i among the draws without j: how many lie below it, and how many up to it.
+    # For draw i among the draws other than j: the number below it, and the number up to it.
     below = less.sum(axis=1)[:, None] - less
     up_to = (less | equal).sum(axis=1)[:, None] - (less | equal)
     shares = _subsets_below(m - 1)
@@ -77,7 +78,10 @@ def best_of_k_win_rates(selected_by: ArrayLike, judged_by: ArrayLike) -> Floats:
 
 
 def best_of_n_win_rate(selected_by: ArrayLike, judged_by: ArrayLike, n: int) -> float:
-    """`best_of_k_win_rates` for k = n alone. Raises ValueError unless n < m."""
+    """Estimate the win rate of best-of-n alone, as `best_of_k_win_rates`.
+
+    Raises ValueError unless n < m.
+    """
     m = len(np.asarray(selected_by))
     if not 1 <= n < m:
         raise ValueError(f"best-of-{n} against a further draw needs more than {n} draws, got {m}")
@@ -91,9 +95,9 @@ def best_of_n_win_rate(selected_by: ArrayLike, judged_by: ArrayLike, n: int) -> 
 class BestOfK:
     """Best-of-k over prompts: expected reward, win rate, and KL (nats) by the closed form.
 
-    `win_rate_by` has the win rate by each further reward of what the first reward chose. An
-    extrapolated point lies beyond the draws that there are: its intervals hold the sampling error
-    of the line that it lies on and not whether the curve goes on like that.
+    `win_rate_by` has the win rate by each further reward; the first reward still selects. An
+    extrapolated point has more draws than were made: its intervals contain the sampling error of
+    the fitted line, not the error of extrapolating along it.
     """
 
     k: int
@@ -112,16 +116,16 @@ def best_of_k_curve(
     beyond: Sequence[int] = (),
     resamples: int = 2000,
 ) -> list[BestOfK]:
-    """Best-of-k for k = 1..n, and extrapolated to the k in `beyond`.
+    """Estimate best-of-k for k = 1..n, and extrapolate it to the k in `beyond`.
 
-    Beyond n the curve is taken on along a straight line through its upper half (k ≥ n/2): the
-    reward in E[max of k standard normals], win rates in k/(k+1), which is exact for a win rate by a
-    reward without ties.
+    Beyond n the curve is a straight line through its upper half (k ≥ n/2): the reward against
+    E[max of k standard normals], win rates against k/(k+1), which is exact for a reward without
+    ties.
 
     Args:
         rewards: for each prompt, rewards of shape (m,) of its base draws, the same m > n for all.
         further: further rewards of the same draws, by name.
-        beyond: each above n; needs n ≥ 4 for a line to lie through something.
+        beyond: each above n; needs n ≥ 4, for points to fit the line to.
 
     Raises ValueError for m ≤ n, or for a k that is not beyond n.
     """
@@ -136,8 +140,8 @@ def best_of_k_curve(
     def figures(
         per_prompt: Floats, basis: Callable[[int], float], highest: float = math.inf
     ) -> list[Figure]:
-        values = per_prompt @ _continued(n, ks, basis).T
-        # A line may leave what a win rate can be.
+        values = per_prompt @ _extrapolation(n, ks, basis).T
+        # An extrapolated win rate can exceed 1.
         return [
             bootstrap([column], lambda mean: np.minimum(mean, highest), resamples)
             for column in values.T
@@ -165,13 +169,13 @@ def _check_curve(rewards: Sequence[ArrayLike], n: int, beyond: Sequence[int]) ->
     if len(sizes) != 1 or n < 1 or min(sizes) <= n:
         raise ValueError(f"a curve up to best-of-{n} needs the same m > {n} draws of each prompt")
     if any(k <= n for k in beyond) or (beyond and n < 4):
-        raise ValueError(f"a curve up to best-of-{n} goes on for k > n >= 4 alone")
+        raise ValueError(f"a curve up to best-of-{n} can be extrapolated only to k > n, for n >= 4")
 
 
-def _continued(n: int, ks: Sequence[int], basis: Callable[[int], float]) -> Floats:
-    """The matrix (ks, n) from a curve's values at 1..n to its values at ks.
+def _extrapolation(n: int, ks: Sequence[int], basis: Callable[[int], float]) -> Floats:
+    """Return the matrix (ks, n) that maps a curve's values at 1..n to its values at ks.
 
-    Linear in the values, so that a prompt's curve can be taken on before prompts are averaged.
+    It is linear, so each prompt's curve can be extrapolated before prompts are averaged.
     """
     rows = np.zeros((len(ks), n))
     rows[:n] = np.eye(n)
@@ -184,7 +188,7 @@ def _continued(n: int, ks: Sequence[int], basis: Callable[[int], float]) -> Floa
 
 @lru_cache(maxsize=256)
 def expected_normal_maximum(k: int) -> float:
-    """E[max of k standard normals] = ∫ x k φ(x) Φ(x)^(k−1) dx."""
+    """Compute E[max of k standard normals] = ∫ x k φ(x) Φ(x)^(k−1) dx."""
 
     def integrand(x: float) -> float:
         return float(x * k * np.exp((k - 1) * log_ndtr(x) - x**2 / 2) / math.sqrt(2 * math.pi))

@@ -26,7 +26,7 @@ def _word_pattern() -> re.Pattern[str]:
 
 
 def words(text: str) -> list[str]:
-    """A text's words in lower case: runs of letters and digits, without punctuation.
+    """Split a text into words in lower case: runs of letters and digits, without punctuation.
 
     In scripts without spaces each character is a word. An apostrophe or a hyphen parts words.
     """
@@ -38,7 +38,7 @@ def _ngrams(tokens: Sequence[str], n: int) -> Iterable[tuple[str, ...]]:
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """The share of a text's word n-grams that occurred in it before; 0 where it has none.
+    """Compute the share of a text's word n-grams that repeat an earlier one; 0 without n-grams.
 
     1 − distinct/all: seq-rep-n of Welleck et al. 2020 (arXiv 1908.04319).
     """
@@ -47,7 +47,7 @@ def repetition(text: str, n: int = 4) -> float:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct word n-grams over all n-grams of the texts together (Li et al. 2016); 0 for none.
+    """Compute distinct / all word n-grams of the texts together (Li et al. 2016); 0 for none.
 
     It falls with the texts' number and length (arXiv 1510.03055).
     """
@@ -59,7 +59,7 @@ _ORDERS = 4
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Mean BLEU-4 of each text with the others as its references, in [0, 1]; 1 for equal texts.
+    """Compute the mean BLEU-4 of each text against the others, in [0, 1]; 1 for equal texts.
 
     Self-BLEU of Zhu et al. 2018 (arXiv 1802.01886), BLEU as sacrebleu's for sentences: effective
     order and exponential smoothing (Post 2018, arXiv 1804.08771). A text without words scores 1
@@ -85,7 +85,7 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 
 def _second_largest(bags: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str, ...], int]:
-    """Of each n-gram's counts in the bags the second largest, equal ones counted singly."""
+    """Return each n-gram's second largest count over the bags; equal counts are kept apart."""
     largest: dict[tuple[str, ...], int] = {}
     second: dict[tuple[str, ...], int] = {}
     for bag in bags:
@@ -97,7 +97,7 @@ def _second_largest(bags: Sequence[Counter[tuple[str, ...]]]) -> dict[tuple[str,
 
 
 def _sentence_bleu(matched: Sequence[int], length: int, reference: int) -> float:
-    """BLEU of `length` words from the n-grams matched of each order, and the reference's length."""
+    """Compute BLEU of `length` words from matched n-grams by order and the reference's length."""
     if length == 0:
         return float(reference == 0)
     if not any(matched):

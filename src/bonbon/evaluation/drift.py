@@ -24,7 +24,7 @@ from bonbon.groups.group import Group
 
 @dataclass(frozen=True)
 class CompletionMetric:
-    """A figure of each completion: `function` gives a group's, shape (n,).
+    """A metric of single completions: `function` computes a group's values, shape (n,).
 
     `name` is its key in `evaluation.json`, `label` its words in tables; `unit` may be empty.
     """
@@ -35,7 +35,7 @@ class CompletionMetric:
     function: Callable[[Group], ArrayLike]
 
     def per_prompt(self, groups: Sequence[Group], k: int) -> Floats:
-        """The mean over each prompt's first k completions, shape (prompts,).
+        """Compute the mean over each prompt's first k completions, shape (prompts,).
 
         Raises ValueError where a group has fewer.
         """
@@ -46,7 +46,7 @@ class CompletionMetric:
 
 @dataclass(frozen=True)
 class GroupMetric:
-    """A figure of a prompt's completions together, from their texts, of which it needs `fewest`.
+    """A metric of a prompt's completions together, from their texts; it needs `fewest` of them.
 
     Such figures depend on how many completions there are: compare models at one k only.
     """
@@ -58,7 +58,7 @@ class GroupMetric:
     fewest: int = 1
 
     def per_prompt(self, groups: Sequence[Group], k: int) -> Floats:
-        """The figure of each prompt's first k completions, shape (prompts,).
+        """Compute the metric of each prompt's first k completions, shape (prompts,).
 
         Raises ValueError where a group has fewer, or where the metric needs more than k.
         """
@@ -111,7 +111,7 @@ GROUP_METRICS = {
 
 
 def metrics_for(k: int) -> dict[str, Metric]:
-    """Every metric that k completions a prompt define, by name: self-BLEU only for k ≥ 2."""
+    """Return the metrics defined for k completions a prompt, by name: self-BLEU only for k ≥ 2."""
     groupwise = {name: it for name, it in GROUP_METRICS.items() if it.fewest <= k}
     return {**COMPLETION_METRICS, **groupwise}
 
@@ -120,7 +120,7 @@ def metrics_for(k: int) -> dict[str, Metric]:
 
 
 def drift_from_base(ours: Floats, base: Floats, resamples: int = 2000) -> Figure:
-    """The mean over prompts of a metric under the model less under the base model, paired.
+    """Compute the mean over prompts of a metric's change from the base model, paired.
 
     Args:
         ours: the model's value of each prompt, shape (prompts,).
@@ -140,7 +140,7 @@ _LEAST_GAIN = 1e-12
 def drift_at_equal_win_rate(
     ours: Floats, base: Floats, wins: Floats, target_win_rate: float, resamples: int = 2000
 ) -> Figure | None:
-    """The drift of the mixture of model and base model that wins as often as `target_win_rate`.
+    """Compute the drift of the mixture of model and base that has win rate `target_win_rate`.
 
     A model that wins more drifts more, so models are compared where they win alike. To answer with
     the model with probability λ, else with the base model, wins ½ + λ(win − ½) and has exactly λ

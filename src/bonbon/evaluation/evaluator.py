@@ -1,8 +1,8 @@
-"""Measuring policies against the base model and against best-of-n itself.
+"""Figures that compare policies with the base model and with best-of-n.
 
-Every policy is draws of a prompt with a weight on each of them: a model answers with any of its
-draws (equal weights), best-of-N with the best of N (the weights of the tilt's ranks). Every figure
-is a mean of such weighted means over prompts, or a ratio of such means.
+A policy is represented by draws for each prompt, with a weight on each draw: equal weights for a
+model, the weights of the tilt's ranks for best-of-N. Every figure is a mean over prompts of such
+weighted means, or a ratio of such means.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from bonbon.tilt.best_of_n import BestOfN
 from bonbon.tilt.discrete import best_of_n_kl_estimate, best_of_n_pmf, kl_pmf
 from bonbon.tilt.exponential import optimal_kl
 
-# Distinct completions have to hold all of the base model's mass but this for their KL to be exact.
+# The KL is exact if the distinct completions have all of the base's probability mass but this.
 _MISSING_MASS = 1e-4
-# What sums of weights may be off by; a win rate this near to ½ is ½.
+# The rounding error of sums of weights; a win rate this close to ½ counts as ½.
 ROUNDING = 1e-9
 
 
@@ -48,9 +48,8 @@ class Evaluator:
     """Evaluates policies on the same prompts against the same base completions.
 
     Args:
-        base: one scored group a prompt from the base model, of k + n completions: the first k are
-            what policies are compared with, all of them serve best-of-n's own figures. Raises
-            ValueError for fewer.
+        base: one scored group a prompt from the base model, of k + n completions (ValueError for
+            fewer). Policies are compared with the first k; best-of-n's figures use all of them.
         n: of best-of-n.
         k: completions of each model a prompt.
         resamples: of the bootstrap.
@@ -71,7 +70,7 @@ class Evaluator:
     # --- whole evaluations ------------------------------------------------------------------------
 
     def best_of_n(self) -> ModelEvaluation:
-        """Best-of-n itself; its KL is the closed form, which ties and repetitions only lower."""
+        """Evaluate best-of-n; its KL is the closed form, an upper bound if draws tie or repeat."""
         wins, tilt = self._best_of_n_wins[""], BestOfN(self.n)
         kl = tilt.kl()
         lengths = self._values(self.base, Group.lengths)
@@ -100,7 +99,7 @@ class Evaluator:
         )
 
     def base_model(self) -> ModelEvaluation:
-        """The base model against itself."""
+        """Evaluate the base model against itself."""
         half, nothing = Figure.exact(0.5), Figure.exact(0.0)
         lengths = self._mean(self._values(self.base, Group.lengths))
         return ModelEvaluation(
@@ -117,10 +116,10 @@ class Evaluator:
         )
 
     def model(self, draws: Draws) -> ModelEvaluation:
-        """A policy, from its scored groups; KLs from their metrics `kl`, `kl_plain`, `kl_k3`.
+        """Evaluate a policy from its scored groups; KLs from their `kl`, `kl_plain`, `kl_k3`.
 
-        *recovered* = (win − ½)/(best-of-n's win − ½); *KL efficiency* = the least KL with which a
-        rank-based tilt wins as often / the measured KL (0 when it wins half or less).
+        *recovered* = (win − ½)/(best-of-n's win − ½); *KL efficiency* = the least KL of
+        a rank-based tilt with this win rate / the measured KL (0 for a win rate of ½ or less).
         Raises ValueError when the prompts are not the base groups' prompts, in their order.
         """
         groups, weights = draws.groups, self._weights(draws)
@@ -155,10 +154,10 @@ class Evaluator:
     # --- figures of several policies --------------------------------------------------------------
 
     def length_controlled(self, policies: Mapping[str, Draws]) -> dict[str, Figure]:
-        """AlpacaEval 2's length-controlled win rate against the base, fitted jointly over policies.
+        """Compute length-controlled win rates against the base (AlpacaEval 2), fitted jointly.
 
-        The j-th draw of a policy stands against the base's j-th; what a policy keeps as the best of
-        several draws stands against each of them. Lengths are in tokens.
+        The j-th draw of a policy is compared with the base's j-th; the best of several draws is
+        compared with each of the base's k draws. Lengths are in tokens.
         """
         answers = [self._answers(draws) for draws in policies.values()]
         base = self._opponents.groups
@@ -173,7 +172,7 @@ class Evaluator:
         return dict(zip(policies, fitted.win_rates, strict=True))
 
     def _answers(self, draws: Draws) -> tuple[Floats, Floats]:
-        """Rewards and lengths of k answers: the first k draws, or k times the best of `best_of`."""
+        """Return rewards and lengths of k answers: the first k draws, or k times the best one."""
         groups = [
             group.part(0, self.k) if draws.best_of == 1 else best_draw(group, draws.best_of)
             for group in draws.groups
@@ -183,7 +182,7 @@ class Evaluator:
         return rewards, np.broadcast_to([group.lengths() for group in groups], shape)
 
     def pairs(self, policies: Mapping[str, Draws]) -> list[PairEvaluation]:
-        """Every policy against every later one, on the same prompts."""
+        """Compare every pair of policies on the same prompts."""
         names = list(policies)
         return [
             PairEvaluation(
@@ -201,11 +200,11 @@ class Evaluator:
         ]
 
     def drift_at(self, draws: Draws, win_rate: float) -> dict[str, Figure | None]:
-        """Each metric's drift, had the policy been mixed with the base down to that win rate."""
+        """Return each metric's drift for the mixture with the base that has this win rate."""
         return self._drift_at(self._metrics_of(draws), self.wins(draws), win_rate)
 
     def best_of_n_drift_at(self, win_rate: float) -> dict[str, Figure | None]:
-        """`drift_at` for the base model's best-of-n."""
+        """Return `drift_at` for best-of-n."""
         return self._drift_at(self._best_of_n_metrics, self._best_of_n_wins[""], win_rate)
 
     def _drift_at(
@@ -218,7 +217,7 @@ class Evaluator:
         }
 
     def best_of_k(self, beyond: Sequence[int] = ()) -> list[BestOfK]:
-        """Best-of-k of the base model for k = 1..n, and extrapolated to the k in `beyond`."""
+        """Return the base model's best-of-k for k = 1..n, and extrapolated to the k in `beyond`."""
         return best_of_k_curve(
             [_rewards(group, "") for group in self.base],
             self.n,
@@ -228,8 +227,10 @@ class Evaluator:
         )
 
     def best_of_n_kl(self) -> BestOfNKL:
-        """What is known of best-of-n's own KL (Beirami et al. 2024, arXiv 2401.01879)."""
+        """Return bound, estimate and exact value of best-of-n's KL.
 
+        Beirami et al. 2024, arXiv 2401.01879.
+        """
         estimates = self._values(
             self.base,
             lambda group: best_of_n_kl_estimate(group.logprobs, self.n),
@@ -260,17 +261,17 @@ class Evaluator:
     # --- per prompt -------------------------------------------------------------------------------
 
     def wins(self, draws: Draws, reward: str = "") -> Floats:
-        """The policy's win rate against the base's first k on each prompt, shape (prompts,)."""
+        """Return the policy's win rate against the base's first k draws, shape (prompts,)."""
         return self._wins_between(draws, self._opponents, reward)
 
     @property
     def best_of_n_draws(self) -> Draws:
-        """The base model's best of n draws that are not among the k which it is compared with."""
+        """The base's best of n, from draws other than the k it is compared with."""
         return Draws([group.part(self.k, self.k + self.n) for group in self.base], self.n)
 
     @cached_property
     def _best_of_n_weights(self) -> list[Floats]:
-        """How often each of the base's draws is the best of n."""
+        """The probability that each of the base's draws is the best of n."""
         return [best_of_k_weights(_rewards(group, ""))[self.n - 1] for group in self.base]
 
     @cached_property
@@ -278,7 +279,7 @@ class Evaluator:
         return Draws([group.part(0, self.k) for group in self.base])
 
     def _ties(self, draws: Draws) -> Floats:
-        """The share of pairs with the base's first k that tie, shape (prompts,)."""
+        """Return the share of pairs with the base's first k that tie, shape (prompts,)."""
         columns = (draws.groups, self._opponents.groups, self._weights(draws))
         return np.array(
             [
@@ -296,7 +297,7 @@ class Evaluator:
         return np.array([wins(*prompt) for prompt in zip(*columns, strict=True)])
 
     def _weights(self, draws: Draws) -> list[Floats]:
-        """How often each of a group's draws is the policy's answer."""
+        """Return the probability that each of a group's draws is the policy's answer."""
         _check_draws(draws.groups, self.k if draws.best_of == 1 else draws.best_of, "model")
         if [group.prompt_id for group in draws.groups] != [group.prompt_id for group in self.base]:
             raise ValueError("the model's groups and the base's are of different prompts")
@@ -323,7 +324,7 @@ class Evaluator:
         values: Callable[[Group], ArrayLike],
         weights: Sequence[Floats] | None = None,
     ) -> Floats:
-        """The weighted mean of each group's values (equal weights: None), shape (prompts,)."""
+        """Return each group's weighted mean of values (None: equal weights), shape (prompts,)."""
         if weights is None:
             return np.array([np.asarray(values(group), np.float64).mean() for group in groups])
         return np.array(
@@ -336,21 +337,21 @@ class Evaluator:
     def _metric_values(
         self, groups: Sequence[Group], weights: Sequence[Floats] | None = None, whole: bool = True
     ) -> dict[str, Floats]:
-        """Every off-target metric, shape (prompts,); those of whole groups where there are any."""
-        found = {
+        """Return every off-target metric, shape (prompts,); group metrics only if `whole`."""
+        metrics = {
             name: self._values(groups, metric.function, weights)
             for name, metric in COMPLETION_METRICS.items()
         }
-        found |= {
+        metrics |= {
             name: self._values(groups, partial(_metric, name), weights) for name in self.metrics
         }
         if whole:
-            found |= {
+            metrics |= {
                 name: metric.per_prompt(groups, self.k)
                 for name, metric in metrics_for(self.k).items()
                 if isinstance(metric, GroupMetric)
             }
-        return found
+        return metrics
 
     @cached_property
     def _base_metrics(self) -> dict[str, Floats]:
@@ -361,14 +362,14 @@ class Evaluator:
         return self._metric_values(self.base, self._best_of_n_weights, whole=False)
 
     def _metrics_of(self, draws: Draws) -> dict[str, Floats]:
-        """A policy's metrics, computed once: self-BLEU of thousands of groups takes seconds."""
-        if draws not in self._metrics_found:
+        """Return a policy's metrics, cached: self-BLEU of thousands of groups takes seconds."""
+        if draws not in self._metric_cache:
             weights, whole = self._weights(draws), draws.best_of == 1
-            self._metrics_found[draws] = self._metric_values(draws.groups, weights, whole)
-        return self._metrics_found[draws]
+            self._metric_cache[draws] = self._metric_values(draws.groups, weights, whole)
+        return self._metric_cache[draws]
 
     @cached_property
-    def _metrics_found(self) -> dict[Draws, dict[str, Floats]]:
+    def _metric_cache(self) -> dict[Draws, dict[str, Floats]]:
         return {}
 
     def _drift(self, ours: Mapping[str, Floats]) -> dict[str, Any]:
@@ -381,33 +382,37 @@ class Evaluator:
         }
 
     def _kls(self, draws: Draws, weights: Sequence[Floats]) -> dict[str, Floats]:
-        """The estimates of KL(policy ‖ base) that there are, shape (prompts,).
+        """Return the available estimates of KL(policy ‖ base), shape (prompts,).
 
-        Best-of-N of a model M has KL(M_N ‖ M) + E_{M_N}[ln M/π0]: the closed form, and the plain
-        log-ratio of what it answers with.
+        Best-of-N of a model M has KL(M_N ‖ M) + E_{M_N}[ln M/π0]: the closed form, plus the plain
+        log-ratio of its answers.
         """
-        found = self._estimates(draws.groups, weights)
+        estimates = self._estimates(draws.groups, weights)
         if draws.best_of == 1:
-            return found
-        return {"plain": found["plain"] + BestOfN(draws.best_of).kl()} if "plain" in found else {}
+            return estimates
+        return (
+            {"plain": estimates["plain"] + BestOfN(draws.best_of).kl()}
+            if "plain" in estimates
+            else {}
+        )
 
     def _forward_kl(self, draws: Draws) -> dict[str, Figure] | None:
-        """The estimates of KL(base ‖ policy); None where it was not measured, or is infinite."""
+        """Return the estimates of KL(base ‖ policy); None if not measured, or infinite."""
         if draws.forward is None or draws.best_of > 1:
             return None
-        found = self._estimates(draws.forward)
-        return {name: self._mean(values) for name, values in found.items()} or None
+        estimates = self._estimates(draws.forward)
+        return {name: self._mean(values) for name, values in estimates.items()} or None
 
     def _estimates(
         self, groups: Sequence[Group], weights: Sequence[Floats] | None = None
     ) -> dict[str, Floats]:
-        """The KL estimates that all groups have; none where the KL is infinite."""
-        found = {
+        """Return the KL estimates that all groups have; none if the KL is infinite."""
+        estimates = {
             name: self._values(groups, partial(_metric, key), weights)
             for name, key in KL_METRICS.items()
             if all(key in group.metrics for group in groups)
         }
-        return found if all(np.isfinite(values).all() for values in found.values()) else {}
+        return estimates if all(np.isfinite(values).all() for values in estimates.values()) else {}
 
     def _mean(self, per_prompt: Floats) -> Figure:
         return self._figure(lambda mean: mean, per_prompt)
@@ -416,7 +421,7 @@ class Evaluator:
         return bootstrap(per_prompt, statistic, self.resamples)
 
 
-# Where the KLs of each completion lie among a group's metrics.
+# The names of the KL estimates among a group's metrics.
 KL_METRICS = {"rao_blackwellised": "kl", "plain": "kl_plain", "k3": "kl_k3"}
 
 
@@ -429,13 +434,13 @@ def _check_draws(groups: Sequence[Group], wanted: int, whose: str) -> None:
 
 
 def best_draw(group: Group, n: int) -> Group:
-    """The group of the best of the first n draws alone (the first of equals)."""
+    """Return the group of only the best of the first n draws (the first of equals)."""
     best = int(np.argmax(_rewards(group, "")[:n]))
     return group.part(best, best + 1)
 
 
 def _rewards(group: Group, name: str) -> Floats:
-    """The rewards that selected (the empty name), or a further reward."""
+    """Return the rewards that select (the empty name), or a further reward."""
     return np.asarray(group.metrics[name] if name else group.rewards, dtype=np.float64)
 
 
@@ -445,14 +450,14 @@ def _metric(name: str, group: Group) -> Floats:
 
 def _recovered(win: ArrayLike, best: ArrayLike) -> Floats:
     gain = np.asarray(best) - 0.5
-    # A reward that tells nothing apart gives best-of-n nothing to gain, up to rounding.
+    # With a constant reward best-of-n gains nothing, up to rounding.
     return np.divide(np.asarray(win) - 0.5, gain, out=np.zeros_like(gain), where=gain > ROUNDING)
 
 
 def kl_efficiency(win: ArrayLike, kl: ArrayLike) -> Floats:
-    """The least KL for a win rate over the KL spent (nats), elementwise; 0 for half or less."""
+    """Compute the least KL for a win rate / the KL spent (nats), elementwise; 0 for ½ or less."""
     wins, kls = np.broadcast_arrays(np.asarray(win, np.float64), np.asarray(kl, np.float64))
     gains = (wins > 0.5 + ROUNDING) & (kls > 0)
-    # At a win rate of 1 in a sample the least KL would be infinite; the sample cannot tell.
+    # A win rate of 1 has an infinite least KL; a sample cannot distinguish it from one below 1.
     least = optimal_kl(np.clip(wins, 0.5, 1 - 1e-6))
     return np.asarray(np.where(gains, least / np.where(kls > 0, kls, 1.0), 0.0))

@@ -1,7 +1,7 @@
 """Measured values with their 95% intervals.
 
-Completions of one prompt are not independent, so everything is computed per prompt first; a figure
-is the mean over prompts, or a statistic of such means, and prompts are what is resampled.
+Completions of one prompt are not independent, so values are computed per prompt first. A figure is
+the mean over prompts, or a statistic of such means, and the bootstrap resamples prompts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Figure:
 
     @classmethod
     def exact(cls, value: float) -> Figure:
-        """A figure known without sampling error."""
+        """Make a figure without sampling error."""
         return cls(value, value, value)
 
 
@@ -37,12 +37,12 @@ def bootstrap(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Figure:
-    """A statistic of means over prompts, with its bootstrap 95% interval over prompts.
+    """Compute a statistic of means over prompts, with its bootstrap 95% interval over prompts.
 
-    The expanded percentile interval (Hesterberg 2015, arXiv 1411.5279): percentiles a
-    little further out, so that for few prompts a mean's interval is not too narrow. For fewer than
-    ten prompts it is Student's interval with the jackknife's standard error; one prompt has none,
-    and its interval is the value alone.
+    The expanded percentile interval (Hesterberg 2015, arXiv 1411.5279): its percentiles lie
+    slightly further out, so that the interval is not too narrow for few prompts. For fewer than ten
+    prompts it is Student's interval with the jackknife's standard error; for one prompt it is the
+    value alone.
 
     Args:
         per_prompt: arrays of shape (prompts,), resampled together.
@@ -59,12 +59,12 @@ def bootstrap(
     return Figure(value, float(low), float(high))
 
 
-# Resamples of fewer prompts are too few different ones to have percentiles.
+# Fewer prompts give too few different resamples for percentiles.
 _FEWEST_TO_RESAMPLE = 10
 
 
 def _jackknife(columns: Floats, statistic: Callable[..., ArrayLike], value: float) -> Figure:
-    """Student's interval about the value, by the jackknife's standard error."""
+    """Compute Student's interval about the value, with the jackknife's standard error."""
     prompts = columns.shape[1]
     without = (columns.sum(axis=1, keepdims=True) - columns) / (prompts - 1)
     left = np.asarray(statistic(*without), dtype=np.float64)
@@ -75,14 +75,14 @@ def _jackknife(columns: Floats, statistic: Callable[..., ArrayLike], value: floa
 
 @lru_cache(maxsize=64)
 def _tail(prompts: int) -> float:
-    """Φ(−√(P/(P−1)) · t(0.975; P−1)), below 2.5%."""
+    """Compute the tail probability Φ(−√(P/(P−1)) · t(0.975; P−1)), which is below 2.5%."""
     freedom = max(prompts - 1, 1)
     return float(ndtr(-((prompts / freedom) ** 0.5) * stdtrit(freedom, 0.975)))
 
 
 @lru_cache(maxsize=2)  # an evaluation has hundreds of figures over the same prompts
 def _resampled(prompts: int, resamples: int, seed: int) -> Floats:
-    """How often each prompt is in each resample, shape (resamples, prompts)."""
+    """Count how often each prompt is in each resample, shape (resamples, prompts)."""
     drawn = np.random.default_rng(seed).integers(0, prompts, (resamples, prompts))
     drawn += prompts * np.arange(resamples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=resamples * prompts)
@@ -90,11 +90,10 @@ def _resampled(prompts: int, resamples: int, seed: int) -> Floats:
 
 
 def clustered_mean(per_prompt: ArrayLike) -> Figure:
-    """The mean over prompts with Student's t interval: ± t(0.975; prompts − 1) · s/√prompts.
+    """Compute the mean over prompts with Student's interval: ± t(0.975; prompts − 1) · s/√prompts.
 
-    The closed form beside `bootstrap`, for a mean. Whatever happens inside a prompt is in its one
-    value, so the variance s² over prompts holds the draws' share too. Raises ValueError for fewer
-    than two prompts.
+    The closed form of `bootstrap` for a mean. Each prompt has one value, so the variance s² over
+    prompts includes the variance of its draws. Raises ValueError for fewer than two prompts.
     """
     values = np.asarray(per_prompt, dtype=np.float64)
     if len(values) < 2:
@@ -105,6 +104,6 @@ def clustered_mean(per_prompt: ArrayLike) -> Figure:
 
 
 def standard_error(per_prompt: ArrayLike) -> float:
-    """s/√prompts, the standard error of a mean over two prompts or more."""
+    """Compute s/√prompts, the standard error of a mean over two prompts or more."""
     values = np.asarray(per_prompt, dtype=np.float64)
     return float(values.std(ddof=1)) / len(values) ** 0.5

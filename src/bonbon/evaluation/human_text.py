@@ -1,7 +1,8 @@
-"""Forgetting: how well a model predicts text by people, before training and after.
+"""Forgetting: how well a model predicts human text, before training and after.
 
-A model that gave up language for reward has a higher perplexity on human text than its base model.
-Losses are kept per text, so that figures have intervals over texts and are paired between models.
+A model that lost language ability for reward has a higher perplexity on human text than its base
+model. Losses are kept per text, so that figures have intervals over texts and are paired between
+models.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from bonbon.system.errors import BonbonError
 
 @dataclass(frozen=True)
 class TextLosses:
-    """What a model scored of each text, each of shape (texts,).
+    """A model's losses on texts, each array of shape (texts,).
 
-    `nats`: −Σ ln p of the scored tokens; `tokens`: how many they are; `bytes`: of the UTF-8 text
-    that they stand for.
+    `nats`: −Σ ln p of the scored tokens; `tokens`: their number; `bytes`: the UTF-8 bytes of
+    their text.
     """
 
     nats: Floats
@@ -40,21 +41,20 @@ class TextLosses:
     bytes: NDArray[np.int64]
 
 
-@torch.no_grad()  # inference tensors have no versions, which chunked logits are checked by
+@torch.no_grad()  # not inference mode: chunked logits check tensor versions, which it lacks
 def human_text_losses(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     max_batch_tokens: int | None = None,
 ) -> TextLosses:
-    """Each text's loss under a model in evaluation mode, with all of the text before in context.
+    """Compute each text's loss under a model in evaluation mode, as one sequence.
 
-    All tokens are scored but the first, which nothing predicts: the begin token where the tokenizer
-    adds one, else the text's own first token. A text longer than the model's context is cut there,
-    and what was cut counts nowhere. A text of fewer than two tokens has nothing to score and counts
-    0 everywhere.
+    All tokens are scored except the first, which has no context: the begin token where the
+    tokenizer adds one, else the text's own first token. A text longer than the model's context is
+    cut, and the rest is not counted. A text of fewer than two tokens has zeros everywhere.
 
-    Raises BonbonError when no text has anything to score.
+    Raises BonbonError when no text has two tokens or more.
     """
     longest = context_length(model)
     encoded = [_encode(tokenizer, text, longest) for text in texts]
@@ -62,11 +62,11 @@ def human_text_losses(
     scored = [index for index, ids in enumerate(rows) if len(ids) > 1]
     if not scored:
         raise BonbonError(
-            f"none of the {len(texts)} texts has two tokens or more, so nothing can be predicted; "
-            "give longer texts"
+            f"none of the {len(texts)} texts has two tokens or more, so there is nothing to "
+            "predict; give longer texts"
         )
     nats = np.zeros(len(rows))
-    in_chunks = len(devices_of(model)) <= 1  # else its logits are made at once
+    in_chunks = len(devices_of(model)) <= 1  # else all logits are computed at once
     batch_tokens = forward_batch_tokens(max_batch_tokens, model.device)
     max_tokens = batch_tokens if in_chunks else whole_logits_batch_tokens(model, batch_tokens)
     for batch in token_batches(scored, [len(rows[index]) for index in scored], max_tokens):
@@ -77,20 +77,20 @@ def human_text_losses(
 
 
 def _encode(tokenizer: Tokenizer, text: str, longest: int | None) -> tuple[list[int], int]:
-    """A text's tokens, cut at `longest`, and the bytes that those after the first stand for."""
-    # Not `verbose`: it would warn of long texts, which are cut here.
+    """Encode a text, cut at `longest` tokens; also count the bytes of all tokens but the first."""
+    # Not `verbose`, which warns of long texts; they are cut here.
     encoded: Any = tokenizer(text, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     ids = encoded["input_ids"][:longest]
     if len(ids) < 2:
         return ids, 0
-    if not tokenizer.is_fast:  # those do not tell where in the text a token lies
+    if not tokenizer.is_fast:  # slow tokenizers have no offsets
         return ids, len(tokenizer.decode(ids[1:], skip_special_tokens=True).encode())
-    ends = [end for _, end in encoded["offset_mapping"][:longest]]  # 0 of a special token
+    ends = [end for _, end in encoded["offset_mapping"][:longest]]  # 0 for a special token
     return ids, len(text[ends[0] : max(ends)].encode())
 
 
 def _nats(model: PreTrainedModel, rows: Sequence[list[int]]) -> Floats:
-    """−Σ ln p of each row's tokens after the first, shape (rows,)."""
+    """Compute −Σ ln p of each row's tokens after the first, shape (rows,)."""
     padded = pad_rows([ids[:1] for ids in rows], [ids[1:] for ids in rows], 0)
     placed = PaddedRows(**{name: ids.to(model.device) for name, ids in vars(padded).items()})
     return np.asarray(-completion_log_probs(model, placed).double().cpu())
@@ -100,12 +100,12 @@ def _nats(model: PreTrainedModel, rows: Sequence[list[int]]) -> Floats:
 
 
 def nats_per_token(losses: TextLosses, resamples: int = 2000) -> Figure:
-    """Σ nats / Σ tokens, with its bootstrap interval over texts."""
+    """Compute Σ nats / Σ tokens, with its bootstrap interval over texts."""
     return _ratio(losses, losses.nats, losses.tokens, np.asarray, resamples)
 
 
 def perplexity(losses: TextLosses, resamples: int = 2000) -> Figure:
-    """exp(Σ nats / Σ tokens), with its bootstrap interval over texts.
+    """Compute exp(Σ nats / Σ tokens), with its bootstrap interval over texts.
 
     Comparable between models of one tokenizer only.
     """
@@ -113,18 +113,18 @@ def perplexity(losses: TextLosses, resamples: int = 2000) -> Figure:
 
 
 def bits_per_byte(losses: TextLosses, resamples: int = 2000) -> Figure:
-    """Σ nats / (ln 2 · Σ bytes), with its bootstrap interval over texts.
+    """Compute Σ nats / (ln 2 · Σ bytes), with its bootstrap interval over texts.
 
-    Comparable between tokenizers, where both begin with a begin token and no text was cut.
+    Comparable between tokenizers if both add a begin token and no text was cut.
     """
     return _ratio(losses, losses.nats / math.log(2), losses.bytes, np.asarray, resamples)
 
 
 def forgetting(after: TextLosses, before: TextLosses, resamples: int = 2000) -> Figure:
-    """The change in nats a token, paired over texts; exp of it is the ratio of perplexities.
+    """Compute the change in nats a token, paired over texts; its exp is the perplexities' ratio.
 
-    Positive where the model predicts the texts worse than before. Raises ValueError when the two
-    did not score the same tokens.
+    Positive if the model predicts the texts worse than before. Raises ValueError when the two did
+    not score the same tokens.
     """
     if not np.array_equal(after.tokens, before.tokens):
         raise ValueError("the losses before and after are of different texts or tokenizers")
@@ -138,8 +138,8 @@ def _ratio(
     transform: Callable[[Floats], ArrayLike],
     resamples: int,
 ) -> Figure:
-    """`transform` of Σ numerator / Σ denominator over the texts that have scored tokens."""
-    some = losses.tokens > 0  # or a resample might have none at all
+    """Compute `transform`(Σ numerator / Σ denominator) over the texts with scored tokens."""
+    some = losses.tokens > 0  # else a resample could have no tokens at all
     return bootstrap(
         (numerator[some], denominator[some].astype(np.float64)),
         lambda above, below: transform(above / below),
@@ -151,15 +151,15 @@ def _ratio(
 
 
 def read_texts(path: Path, column: str = "text", limit: int | None = None) -> list[str]:
-    """The texts in a column of a JSONL, CSV or Parquet file, or each line of a text file.
+    """Read the texts in a column of a JSONL, CSV or Parquet file, or the lines of a text file.
 
-    Raises BonbonError, naming file and row, where `groups.prompts.read_prompts` does: an unknown
-    file type, a missing column, text that is not UTF-8, a broken row, an empty text, or no texts.
+    Raises BonbonError, naming file and row, as `groups.prompts.read_prompts`: for an unknown file
+    type, a missing column, text that is not UTF-8, a broken row, an empty text, or no texts.
     """
     texts: list[str] = []
     for number, record in read_records(path):
         where = f"{path}, row {number}"
-        if path.suffix.lower() == ".txt":  # its lines have no columns of their own
+        if path.suffix.lower() == ".txt":  # its lines have no named columns
             record = dict.fromkeys([column], *record.values())
         if column not in record:
             names = ", ".join(map(str, record)) or "none"
@@ -177,7 +177,7 @@ def read_texts(path: Path, column: str = "text", limit: int | None = None) -> li
 
 def _checked_text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise BonbonError(f"{where}: a text is wanted, not {value!r:.80}")
+        raise BonbonError(f"{where}: expected a text, not {value!r:.80}")
     check_text(value, "text", where)
     if not value.strip():
         raise BonbonError(f"{where}: the text is empty")

@@ -1,7 +1,7 @@
-"""KL divergences between two language models, in nats a completion.
+"""Estimates of the KL divergence between two language models, in nats a completion.
 
-KL(p ‖ q) is estimated from completions drawn from p, in three ways, each a sum over a completion's
-steps t (a drawn end token's step included) of p and q given the drawn prefix:
+KL(p ‖ q) is estimated from completions drawn from p. Each of three estimates is a sum over a
+completion's steps t (the step of a drawn end token included), with p and q given the drawn prefix:
 
 | estimate | term | bias | variance |
 |---|---|---|---|
@@ -9,15 +9,15 @@ steps t (a drawn end token's step included) of p and q given the drawn prefix:
 | `plain` | ln p(y_t)/q(y_t) | none | largest for close models; can be negative |
 | `k3` | q(y_t)/p(y_t) − 1 − ln q(y_t)/p(y_t) | none where p can draw all that q can, else low | between them for close models; never below 0 |
 
-All three agree on average because a step's term has, given the prefix, the step's exact KL as its
-mean (Schulman 2020, "Approximating KL divergence", for k3; Amini, Vieira, Cotterell 2025, arXiv
-2504.10637, for the Rao-Blackwellised one). k3's variance explodes where q(y_t)/p(y_t) does, which
-is where the models are far apart. For single steps the order rao_blackwellised ≤ plain is a
-theorem; over whole completions it is not, since an early step's log-ratio can make up for later
-steps' KL, but it holds for all but contrived models. The Rao-Blackwellised estimate is the default
-everywhere.
+All three agree on average: given the prefix, the mean of a step's term is the step's exact KL
+(Schulman 2020, "Approximating KL divergence", for k3; Amini, Vieira, Cotterell 2025, arXiv
+2504.10637, for the Rao-Blackwellised one). k3's variance explodes where q(y_t)/p(y_t) does, that
+is, where the models are far apart. For single steps the variance of rao_blackwellised is provably
+at most that of plain. Over whole completions it is not, since an early step's log-ratio can cancel
+later steps' KL, but it is for all but contrived models. The Rao-Blackwellised estimate is the
+default everywhere.
 
-KL(model ‖ base) is taken over the model's completions, KL(base ‖ model) over the base's.
+KL(model ‖ base) is estimated from the model's completions, KL(base ‖ model) from the base's.
 """  # noqa: E501 (a table row cannot be broken)
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _LOGITS = 2**28
 
 @dataclass(frozen=True)
 class CompletionKLs:
-    """The three estimates along each completion of a group, in nats; tuples of length n."""
+    """The three KL estimates along each completion of a group, in nats; tuples of length n."""
 
     rao_blackwellised: tuple[float, ...]
     plain: tuple[float, ...]
@@ -62,16 +62,16 @@ def completion_kls(
     base_sampling: SamplingConfig | None = None,
     max_batch_tokens: int | None = None,
 ) -> list[CompletionKLs]:
-    """KL(policy ‖ base) along each completion, which were drawn from the policy.
+    """Estimate KL(policy ‖ base) along each completion that was drawn from the policy.
 
-    For KL(base ‖ policy) swap the two and take the base's completions.
+    For KL(base ‖ policy) swap the two and use the base's completions.
 
     Args:
         groups: the policy's completions; both models read their token ids, so their vocabularies
-            have to be the same. Where one's head is wider (padded), both are cut to the narrower.
-        sampling: the settings that make the policy out of its model; None: temperature 1.
-        base_sampling: the base's; None: the policy's. Where the base cannot draw what the policy
-            can (top-k, top-p) the KL is infinite.
+            have to be the same. If one head is wider (padded), both are cut to the narrower.
+        sampling: the policy's sampling settings; None: temperature 1.
+        base_sampling: the base's; None: the policy's. If the policy can draw tokens that the base
+            cannot (top-k, top-p), the KL is infinite.
         max_batch_tokens: padded tokens a pass; None: by the device.
     """
     own = sampling or SamplingConfig()
@@ -81,7 +81,7 @@ def completion_kls(
         for index, group in enumerate(groups)
         for k, ids in enumerate(group.token_ids)
     ]
-    found = [{name: [0.0] * group.n for name in ESTIMATES} for group in groups]
+    kls = [{name: [0.0] * group.n for name in ESTIMATES} for group in groups]
     lengths = [len(prompt) + len(ids) for _, _, prompt, ids in rows]
     max_tokens = whole_logits_batch_tokens(policy, max_batch_tokens)
     for batch in token_batches(rows, lengths, max_tokens):
@@ -89,17 +89,17 @@ def completion_kls(
         sums = _row_kls((policy, base), settings, chosen)
         for name, values in sums.items():
             for (index, k, _, _), value in zip(chosen, values, strict=True):
-                found[index][name][k] = value
-    return [CompletionKLs(**{name: tuple(v) for name, v in group.items()}) for group in found]
+                kls[index][name][k] = value
+    return [CompletionKLs(**{name: tuple(v) for name, v in group.items()}) for group in kls]
 
 
 def whole_logits_batch_tokens(model: PreTrainedModel, asked: int | None) -> int:
-    """Padded tokens of a pass whose logits, over the whole vocabulary, are all held at once."""
+    """Return the padded tokens of a pass that holds all logits of the vocabulary at once."""
     return min(forward_batch_tokens(asked, model.device), _LOGITS // vocabulary_size(model))
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """The width of a model's head; tokenizers may use less of it."""
+    """Return the width of a model's head; its tokenizer may use less."""
     return int(model.config.get_text_config().vocab_size)
 
 
@@ -108,7 +108,7 @@ def _row_kls(
     settings: tuple[SamplingConfig, SamplingConfig],
     rows: Sequence[Any],
 ) -> dict[str, list[float]]:
-    """Each estimate, summed along each row."""
+    """Compute each estimate, summed along each row."""
     padded = pad_rows([row[2] for row in rows], [row[3] for row in rows], 0)
     mask = padded.completion_mask.bool()
     width = mask.shape[1]
@@ -123,7 +123,7 @@ def _row_kls(
             attention_mask=padded.attention_mask.to(model.device),
             position_ids=padded.position_ids.to(model.device),
             use_cache=False,
-        )[:, :-1][mask.to(model.device)]  # steps of completions alone: (steps, vocabulary)
+        )[:, :-1][mask.to(model.device)]  # completions' steps: (steps, vocabulary)
         by_policy = None if log_probs else drawn.to(model.device)
         log_probs.append(warped_log_probs(logits[:, :vocabulary], sampling, by_policy))
     ours, theirs = log_probs[0], log_probs[1].to(log_probs[0].device)
@@ -138,12 +138,12 @@ def _row_kls(
 def _step_kls(
     ours: torch.Tensor, theirs: torch.Tensor, drawn: torch.Tensor
 ) -> Mapping[str, torch.Tensor]:
-    """Each estimate at each step, from log-probabilities (steps, vocabulary) and drawn tokens."""
+    """Compute each estimate at each step, from log-probabilities (steps, vocabulary)."""
     # A token that the policy cannot draw adds nothing, whatever its log-ratio.
     terms = torch.where(ours > -torch.inf, ours.exp() * (ours - theirs), 0.0)
     ratio = (ours - theirs).gather(-1, drawn[:, None]).squeeze(-1)  # ln p/q of the drawn token
     return {
-        "rao_blackwellised": terms.sum(dim=-1).clamp(min=0),  # the last bits may fall below 0
+        "rao_blackwellised": terms.sum(dim=-1).clamp(min=0),  # rounding may give less than 0
         "plain": ratio,
         "k3": (-ratio).expm1() + ratio,
     }

@@ -42,7 +42,7 @@ RIDGE = 1e-3
 
 @dataclass(frozen=True)
 class LengthControlled:
-    """One entry a model.
+    """Length-controlled win rates and their parameters, one entry a model.
 
     `length_effects` are the φ_m (logits per unit of tanh), 0 where the lengths do not vary.
     `difficulty` is γ, shape (instructions,): as it was given, or else fitted on all models, with
@@ -62,7 +62,7 @@ def length_controlled_win_rate(
     *,
     difficulty: ArrayLike | None = None,
 ) -> LengthControlled:
-    """The length-controlled win rate of each model over the baseline, with its 95% interval.
+    """Estimate each model's length-controlled win rate over the baseline, with its 95% interval.
 
     Every instruction counts the same, however many of its pairs were judged, and the mean is over
     the instructions judged for any model, so that models with gaps are compared on the same ones.
@@ -115,7 +115,7 @@ def length_controlled_win_rate(
 
 @dataclass(frozen=True)
 class _Judgements:
-    """Arrays of shape (models, instructions, pairs); what was not judged weighs 0."""
+    """Arrays of shape (models, instructions, pairs); pairs without a judgement have weight 0."""
 
     labels: Floats
     weights: Floats
@@ -123,25 +123,25 @@ class _Judgements:
 
     @property
     def instructions(self) -> np.ndarray:
-        """Which instructions were judged for any model, shape (instructions,)."""
+        """The mask of instructions judged for any model, shape (instructions,)."""
         return np.asarray(self.weights.any(axis=(0, 2)))
 
     @property
     def length_varies(self) -> np.ndarray:
-        """For which models the length term is there, shape (models,)."""
+        """The mask of models with a length term, shape (models,)."""
         return np.asarray(self.tanh.any(axis=(1, 2)))
 
     def flat(self, array: Floats) -> Floats:
-        """What broadcasts to the labels' shape, as rows: (models, instructions · pairs)."""
+        """Broadcast to the labels' shape and flatten to rows: (models, instructions · pairs)."""
         return np.broadcast_to(array, self.labels.shape).reshape(len(self.labels), -1)
 
     def columns(self, *parts: Floats) -> Floats:
-        """An intercept and these parts, shape (models, instructions · pairs, 1 + parts)."""
+        """Stack an intercept and these parts, shape (models, instructions · pairs, 1 + parts)."""
         ones = np.ones_like(self.labels)
         return np.stack([self.flat(part) for part in (ones, *parts)], axis=2)
 
     def by_instruction(self, rows: Floats) -> Floats:
-        """Sums over pairs: (models, instructions · pairs, p) to (models, instructions, p)."""
+        """Sum over pairs: (models, instructions · pairs, p) to (models, instructions, p)."""
         return np.asarray(rows.reshape(*self.labels.shape, -1).sum(axis=2))
 
 
@@ -180,14 +180,14 @@ def _check(preferences: Floats, lengths: Floats) -> None:
 
 
 def _tanh_difference(differences: Floats) -> Floats:
-    """tanh(difference / s), 0 where the differences are all the same up to rounding."""
+    """Compute tanh(difference / s), 0 where the differences are all the same up to rounding."""
     if np.ptp(differences) <= 1e-9 * np.abs(differences).max():
         return np.zeros_like(differences)
     return np.tanh(differences / differences.std(ddof=1))
 
 
 def _weights(judged: np.ndarray) -> Floats:
-    """Equal for the instructions of a model, 1 on average over its judged pairs."""
+    """Return weights: equal for a model's instructions, 1 on average over its judged pairs."""
     pairs = judged.sum(axis=2, keepdims=True)
     average = pairs.sum(axis=1, keepdims=True) / (pairs > 0).sum(axis=1, keepdims=True)
     return np.where(judged, average / np.maximum(pairs, 1), 0.0)
@@ -204,7 +204,7 @@ def _fit(
     ridge: float,
     start: Floats | None = None,
 ) -> tuple[Floats, Floats]:
-    """Many ridge-penalised logistic regressions at once, by Newton's method.
+    """Fit many ridge-penalised logistic regressions at once, by Newton's method.
 
     Minimises Σ_r w (ln(1 + e^η) − label·η) + ridge/2 · ‖b‖², η = offset + columns · b.
 
@@ -240,7 +240,7 @@ def _fit(
 def _derivatives(
     columns: Floats, labels: Floats, weights: Floats, offset: Floats, b: Floats
 ) -> tuple[Floats, Floats]:
-    """Of the data's loss: the gradient by row (fits, rows, p) and the Hessian (fits, p, p)."""
+    """Compute the loss's gradient by row (fits, rows, p) and its Hessian (fits, p, p)."""
     p = expit(offset + np.einsum("frp,fp->fr", columns, b))
     gradient = (weights * (p - labels))[..., None] * columns
     curvature = (weights * p * (1 - p))[..., None] * columns
@@ -251,7 +251,7 @@ def _derivatives(
 
 
 def _fit_difficulty(judged: _Judgements) -> Floats:
-    """γ for ψ = 1, shape (instructions,); 0 where fewer than three models' preferences vary."""
+    """Fit γ for ψ = 1, shape (instructions,); 0 where fewer than three models' preferences vary."""
     labels, weights, tanh = judged.labels, judged.weights, judged.tanh
     varies = np.array([np.ptp(y[w > 0]) > 0 for y, w in zip(labels, weights, strict=True)])
     gamma = np.zeros(labels.shape[1])
@@ -271,14 +271,14 @@ def _fit_difficulty(judged: _Judgements) -> Floats:
 
 
 def _instruction_effects(labels: Floats, weights: Floats, offset: Floats, start: Floats) -> Floats:
-    """The γ_i for known models, each with a standard normal prior, shape (instructions,)."""
+    """Fit the γ_i for known models, each with a standard normal prior, shape (instructions,)."""
     y, w, o = (np.swapaxes(a, 0, 1).reshape(a.shape[1], -1) for a in (labels, weights, offset))
     gamma, _ = _fit(np.ones_like(y)[..., None], y, w, o, 1.0, start[:, None])
     return gamma[:, 0]
 
 
 def _standardised(gamma: Floats, judged: np.ndarray) -> Floats:
-    """Mean 0 and standard deviation 1 over the judged instructions; 0 where it is constant."""
+    """Scale to mean 0 and standard deviation 1 over judged instructions; 0 if constant."""
     values = gamma[judged]
     if values.std() <= 1e-9 * np.abs(values).max():
         return np.zeros_like(gamma)
@@ -290,7 +290,7 @@ def _standardised(gamma: Floats, judged: np.ndarray) -> Floats:
 
 @dataclass(frozen=True)
 class _LengthEffects:
-    """φ: values, shape (models,); how far each instruction moves them, (models, instructions)."""
+    """The effects φ, shape (models,), and each instruction's influence, (models, instructions)."""
 
     values: Floats
     influence: Floats
@@ -302,7 +302,7 @@ class _LengthEffects:
 
 
 def _length_effects(judged: _Judgements, gamma: Floats) -> _LengthEffects:
-    """φ of each model by itself."""
+    """Fit φ of each model by itself."""
     columns = judged.columns(judged.tanh, gamma[:, None])
     y, w = judged.flat(judged.labels), judged.flat(judged.weights)
     b, hessian = _fit(columns, y, w, np.zeros_like(y), RIDGE)
@@ -315,7 +315,7 @@ def _length_effects(judged: _Judgements, gamma: Floats) -> _LengthEffects:
 
 
 def _shared(effects: _LengthEffects, varies: np.ndarray) -> _LengthEffects:
-    """Each φ drawn towards the mean of those that there are; as they were for fewer than four.
+    """Shrink each φ towards the mean of the fitted ones; unchanged for fewer than four.
 
     φ̃ = (1 − B) φ + B φ̄ with B = (k−3)/(k−1) · v/(v + τ²), where v is the variance of φ, τ² that
     of the true effects among the k models, and φ̄ the mean weighted by 1/(v + τ²). For equal v this
@@ -343,7 +343,7 @@ def _shared(effects: _LengthEffects, varies: np.ndarray) -> _LengthEffects:
 
 
 def _win_rates(judged: _Judgements, gamma: Floats, effects: _LengthEffects) -> tuple[Figure, ...]:
-    """mean_i σ(θ + ψ γ_i), θ and ψ fitted for the given φ, with its intervals."""
+    """Compute mean_i σ(θ + ψ γ_i), θ and ψ fitted for the given φ, with its intervals."""
     y, w = judged.flat(judged.labels), judged.flat(judged.weights)
     columns = judged.columns(judged.tanh, gamma[:, None])
     offset = effects.values[:, None] * columns[..., 1]
@@ -369,7 +369,7 @@ def _win_rates(judged: _Judgements, gamma: Floats, effects: _LengthEffects) -> t
 
 
 def _interval(value: float, error: float, free: int) -> Figure:
-    """Student's t on the logit scale."""
+    """Compute Student's interval on the logit scale."""
     if free < 1:
         return Figure(float(value), 0.0, 1.0)
     margin = stdtrit(free, 0.975) * error / (value * (1 - value))

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from bonbon.config.evaluation import LMEvalConfig
 from bonbon.system.errors import BonbonError
 from bonbon.system.progress import progress_bar
-from bonbon.system.user_functions import said
+from bonbon.system.user_functions import error_text
 
 # The harness's own defaults, so that its command picks the same few-shot examples.
 _RANDOM_SEED, _OTHER_SEED = 0, 1234
@@ -180,7 +180,7 @@ def _evaluate(
             wrapped, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False
         )
     except Exception as error:  # a task may run any code
-        raise BonbonError(f"the lm_eval task {name!r} failed: {said(error)}") from error
+        raise BonbonError(f"the lm_eval task {name!r} failed: {error_text(error)}") from error
     return list(_results(found))
 
 
@@ -261,9 +261,9 @@ def _load_task(manager: Any, name: str) -> Any:
         return manager.load([name])
     except Exception as error:  # a task may load its data by any code
         raise BonbonError(
-            f"the lm_eval task {name!r} cannot be loaded: {said(error)}; check its YAML file, and "
-            "that its data are in local files, on a hub that can be reached, or in the cache of an "
-            "earlier run"
+            f"the lm_eval task {name!r} cannot be loaded: {error_text(error)}; check its YAML "
+            "file, and that its data are in local files, on a hub that can be reached, or in the "
+            "cache of an earlier run"
         ) from error
 
 

@@ -55,7 +55,7 @@ _REFUSAL = "|".join(_REFUSALS)
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a completion refuses, by phrases in its first 200 characters; English only.
+    """Return whether a completion refuses, by phrases in its first 200 characters; English only.
 
     It catches an opening "I'm sorry, but" or "Sorry, I can't"; a first person who can't, won't or
     is unable to do what assistants do ("I cannot provide", not "I cannot believe"); discomfort with

@@ -1,4 +1,4 @@
-"""What an evaluation finds, as plain frozen values; `evaluation.json` is made of them."""
+"""The results of an evaluation, as plain frozen values; `evaluation.json` holds them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bonbon.groups.group import Group
 
 @dataclass(frozen=True)
 class JudgeFigures:
-    """A judge's verdicts: the win rate, and how many comparisons it is of.
+    """A judge's win rate, and the number of comparisons.
 
-    `unreadable` of the `comparisons` have no verdict that can be read and are left out of it.
+    `unreadable` of the `comparisons` have no readable verdict; the win rate leaves them out.
     """
 
     win_rate: Figure | None
@@ -25,9 +25,9 @@ class JudgeFigures:
 
 @dataclass(frozen=True)
 class HumanText:
-    """Human text under a model: its perplexity (per token), and the change in nats a token.
+    """A model's perplexity (per token) on human text, and the change in nats a token.
 
-    The change is None where the model cuts texts into other tokens than the base does.
+    The change is None where the model tokenises texts differently from the base.
     """
 
     perplexity: Figure
@@ -37,15 +37,15 @@ class HumanText:
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """What is known of one policy; `None` where a figure has no meaning or was not measured.
+    """The figures of one policy; `None` where one is undefined or was not measured.
 
     `win_rate` is against the base model, `kl` is KL(policy ‖ base) in nats (Rao-Blackwellised, one
-    of the `kl_estimates`), `forward_kl` is KL(base ‖ policy), `length` and `length_change` (over
+    of the `kl_estimates`), `forward_kl` is KL(base ‖ policy), `length` and `length_change` (from
     the base model) count tokens, `tokens_per_answer` counts all tokens drawn for one answer,
-    `win_rate_by` has the win rate by each further reward, `win_rate_loss_by` what it is below the
-    win rate (paired over prompts), `tie_rate` the share of pairs with the base that tie, `drift`
-    the change of each off-target metric over the base model. `best_of` is the number of draws that
-    the policy keeps the best of.
+    `win_rate_by` has the win rate by each further reward, `win_rate_loss_by` the win rate minus
+    that (paired over prompts), `tie_rate` the share of pairs with the base that tie, `drift` the
+    change of each off-target metric from the base model. `best_of` is the number of draws of which
+    the policy keeps the best.
     """
 
     win_rate: Figure
@@ -70,7 +70,7 @@ class ModelEvaluation:
     tasks: Sequence[Mapping[str, Any]] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as in `evaluation.json`."""
+        """Return plain values, as in `evaluation.json`."""
         return asdict(self)
 
 
@@ -78,7 +78,7 @@ class ModelEvaluation:
 class BestOfNKL:
     """KL(best-of-n ‖ base) in nats: the bound ln n − (n−1)/n, Beirami's estimate, the exact value.
 
-    The exact value is known only where the drawn completions are all that the base model can draw.
+    The exact value is known only where the draws include all completions of the base model.
     """
 
     bound: float
@@ -88,7 +88,7 @@ class BestOfNKL:
 
 @dataclass(frozen=True)
 class PairEvaluation:
-    """One policy against another: its win rate, and the difference of their win rates over base."""
+    """A pair of policies: the win rate of the first, and the difference of their win rates."""
 
     ours: str
     theirs: str
@@ -98,7 +98,7 @@ class PairEvaluation:
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity
 class Draws:
-    """A policy's scored groups; it keeps the best of `best_of` draws, or any draw (1).
+    """A policy's scored groups; its answer is the best of `best_of` draws, or any draw (1).
 
     `forward` are the base's completions with the metrics `kl…` of KL(base ‖ policy), if measured.
     """
@@ -108,7 +108,7 @@ class Draws:
     forward: Sequence[Group] | None = None
 
     def on_prompts(self, ids: Collection[str]) -> Draws:
-        """The draws for these prompts alone, in their order."""
+        """Return the draws for these prompts alone, in their order."""
 
         def kept(groups: Sequence[Group]) -> list[Group]:
             return [group for group in groups if group.prompt_id in ids]
@@ -119,10 +119,10 @@ class Draws:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Policies side by side on the same prompts; `models` has base and best-of-n first.
+    """A comparison of policies on the same prompts; `models` has base and best-of-n first.
 
     `equal_win_rate` is the win rate at which `drift_at_equal_win_rate` compares, None where fewer
-    than two policies win for sure.
+    than two policies win with confidence.
     """
 
     n: int
@@ -135,5 +135,5 @@ class Evaluation:
     equal_win_rate: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as in `evaluation.json`."""
+        """Return plain values, as in `evaluation.json`."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Win rates: how often one policy's completion gets the larger reward; a tie counts half."""
+"""Win rates: how often one policy's completion has the larger reward; a tie counts half."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bonbon.evaluation.figures import Figure, Floats, bootstrap, clustered_mean,
 
 
 def win_rate(rewards: ArrayLike, base_rewards: ArrayLike) -> float:
-    """P(reward > base reward) over all pairs of one prompt's completions, a tie counting half.
+    """Compute P(reward > base reward) over all pairs of one prompt's completions; ties count half.
 
     The U-statistic Σ_ij h(x_i, y_j)/(KL) with h = 1, ½ or 0; unbiased for independent draws.
     """
@@ -20,19 +20,19 @@ def win_rate(rewards: ArrayLike, base_rewards: ArrayLike) -> float:
 
 
 def _wins(rewards: ArrayLike, base_rewards: ArrayLike) -> Floats:
-    """h(x_i, y_j), shape (K, L)."""
+    """Compute h(x_i, y_j), shape (K, L)."""
     ours, base = np.asarray(rewards, dtype=np.float64), np.asarray(base_rewards, dtype=np.float64)
     difference = ours[:, None] - base[None, :]
     return np.asarray((difference > 0) + 0.5 * (difference == 0), dtype=np.float64)
 
 
 def win_rate_variance(rewards: ArrayLike, base_rewards: ArrayLike) -> float:
-    """An unbiased estimate of the variance of one prompt's `win_rate` over its draws.
+    """Estimate the variance of one prompt's `win_rate` over its draws, without bias.
 
     U² − (S² − A − B + Q)/(K(K−1)L(L−1)), with S the sum of all h_ij, A and B the sums of squared
-    row and column sums and Q that of squared h_ij: the second term is the mean of h_ij·h_i'j' over
-    i ≠ i', j ≠ j', unbiased for the squared win rate. It may come out negative. Raises ValueError
-    for fewer than two completions on a side.
+    row and column sums, and Q the sum of squared h_ij. The second term is the mean of h_ij·h_i'j'
+    over i ≠ i', j ≠ j', unbiased for the squared win rate. The estimate can be negative. Raises
+    ValueError for fewer than two completions on a side.
     """
     wins = _wins(rewards, base_rewards)
     k, other = wins.shape
@@ -48,10 +48,10 @@ def win_rate_variance(rewards: ArrayLike, base_rewards: ArrayLike) -> float:
 class WinRate:
     """A win rate over prompts.
 
-    `closed_form` is the interval by Student's t, `bootstrap` that by resampling prompts; both
-    respect prompts as clusters and agree but for very few prompts. `standard_error` belongs to the
-    first. `draws_share` is the share of the variance that more completions a prompt would take
-    away, the rest falls with more prompts alone; None with one completion a side.
+    `closed_form` is the interval by Student's t, `bootstrap` the one by resampling prompts; both
+    treat prompts as clusters and agree except for very few prompts. `standard_error` belongs to the
+    first. `draws_share` is the share of the variance that more completions a prompt would remove;
+    only more prompts reduce the rest. None with one completion a side.
     """
 
     closed_form: Figure
@@ -63,11 +63,11 @@ class WinRate:
 def win_rate_over_prompts(
     ours: Sequence[ArrayLike], theirs: Sequence[ArrayLike], resamples: int = 2000
 ) -> WinRate:
-    """Win rate of any policy against any other, from their rewards on the same prompts.
+    """Estimate one policy's win rate against another, from their rewards on the same prompts.
 
     Args:
         ours: for each prompt, rewards of shape (K,); K may differ from prompt to prompt.
-        theirs: the same of the other policy, in the same order of prompts.
+        theirs: the other policy's rewards, in the same order of prompts.
         resamples: of the bootstrap.
 
     Raises ValueError for different numbers of prompts, or fewer than two.
@@ -88,15 +88,15 @@ def win_rate_over_prompts(
 
 
 def win_rate_figure(per_prompt: Floats, resamples: int = 2000) -> Figure:
-    """The mean of win rates of shape (prompts,), with its bootstrap interval over prompts."""
+    """Compute the mean of win rates, shape (prompts,), with its bootstrap interval over prompts."""
     return _bounded(bootstrap([per_prompt], lambda mean: mean, resamples), per_prompt)
 
 
 def _bounded(figure: Figure, per_prompt: Floats) -> Figure:
-    """The interval inside [0, 1]; not empty where every prompt was won, or lost, outright.
+    """Limit the interval to [0, 1]; keep it wide if every prompt was won, or every one was lost.
 
-    P(every prompt is won outright) ≤ w^prompts for a win rate w, so w ≥ 0.025^(1/prompts) unless an
-    event of 2.5% happened.
+    P(win rate 1 on every prompt) ≤ w^prompts for a win rate w, so w ≥ 0.025^(1/prompts) with 97.5%
+    confidence.
     """
     least = 0.025 ** (1 / len(per_prompt))
     low = least if np.all(per_prompt == 1) else max(figure.low, 0.0)
@@ -105,11 +105,11 @@ def _bounded(figure: Figure, per_prompt: Floats) -> Figure:
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, resamples: int = 2000) -> Figure:
-    """Mean of first − second over the same prompts, with its bootstrap interval over prompts.
+    """Compute the mean of first − second over prompts, with its bootstrap interval.
 
-    For figures of two models of shape (prompts,), such as their win rates against the base model:
-    what both find easy or hard in a prompt cancels, so the interval is narrower than the two
-    models' own intervals suggest.
+    For values of two models, shape (prompts,), such as their win rates against the base model. How
+    easy a prompt is for both cancels, so the interval is narrower than the two models' own
+    intervals suggest.
     """
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     return bootstrap([difference], lambda mean: mean, resamples)

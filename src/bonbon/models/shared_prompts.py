@@ -79,8 +79,8 @@ class SharedPrompts:
         keys, values = self.layers[layer]
         together = query[self.slots.flatten()].view(prompts, most, *query.shape[1:])
         together = together.transpose(1, 2).flatten(2, 3)  # (G, heads, m·g, width)
-        found = _attend(together, keys, values, scaling, self.bias)
-        apart = (x.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1) for x in found)
+        attended = _attend(together, keys, values, scaling, self.bias)
+        apart = (x.unflatten(2, (most, -1)).transpose(1, 2).flatten(0, 1) for x in attended)
         out, normaliser = (x[self.slot_of] for x in apart)
         return out, normaliser
 
@@ -218,11 +218,11 @@ def _agrees(model: PreTrainedModel) -> bool:
         plain = _read(model, expanded, following, torch.full_like(following, 4))
         own = block_growing_cache(model.config)
         with shared_prompt_attention(model):
-            found = _read(model, own, following, torch.full_like(following, 4), prompts)
+            together = _read(model, own, following, torch.full_like(following, 4), prompts)
     except Exception:  # a model's own code, of which nothing is known
         return False
     tolerance = 1e-3 if plain.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((found - plain).abs().max() < tolerance * plain.abs().max())
+    return bool((together - plain).abs().max() < tolerance * plain.abs().max())
 
 
 def _read(

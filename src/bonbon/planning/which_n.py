@@ -211,10 +211,10 @@ def _values(group: Group, metric: str | None) -> Floats:
     if metric is not None and metric not in group.metrics:
         known = ", ".join(group.metrics) or "it has none"
         raise BonbonError(f"prompt {group.prompt_id} has no metric {metric!r} (metrics: {known})")
-    found = group.rewards if metric is None else group.metrics[metric]
-    if found is None:
+    raw = group.rewards if metric is None else group.metrics[metric]
+    if raw is None:
         raise BonbonError(f"prompt {group.prompt_id} is not scored; run `bonbon score` first")
-    values = np.asarray(found, dtype=np.float64)
+    values = np.asarray(raw, dtype=np.float64)
     for k in np.flatnonzero(~np.isfinite(values)):
         what = "reward" if metric is None else metric
         raise BonbonError(
@@ -236,15 +236,17 @@ def plan_sentences(planned: Plan) -> list[str]:
     """The plan in words, a sentence or two each."""
     judged = "" if planned.by is None else f" by {planned.by}"
     wanted = f"a win rate{judged} of {planned.wanted:g}"
-    said = [_answer(planned, wanted)]
+    sentences = [_answer(planned, wanted)]
     if planned.surely is None and planned.by_estimate is not None:
-        said.append(
+        sentences.append(
             f"The interval's lower end reaches it for no n up to {planned.largest_n:,}; more "
             "prompts make intervals narrower."
         )
     elif planned.surely is not None and planned.surely != planned.by_estimate:
-        said.append(f"For the interval's lower end it takes {_described(planned.surely, planned)}.")
-    return [*said, *_reservations(planned)]
+        sentences.append(
+            f"For the interval's lower end it takes {_described(planned.surely, planned)}."
+        )
+    return [*sentences, *_reservations(planned)]
 
 
 def _answer(planned: Plan, wanted: str) -> str:
@@ -269,22 +271,24 @@ def _described(row: PlanRow, planned: Plan) -> str:
 
 
 def _reservations(planned: Plan) -> list[str]:
-    said = []
+    sentences = []
     measured = max(row.n for row in planned.rows if not row.extrapolated)
     beyond = f"{planned.draws} draws a prompt measure n up to {measured}"
     if planned.largest_n > measured and not planned.ties and planned.by is None:
-        said.append(f"{beyond}; beyond, n/(n+1) holds as long as no rewards tie.")
+        sentences.append(f"{beyond}; beyond, n/(n+1) holds as long as no rewards tie.")
     elif planned.largest_n > measured:
         why = "where rewards tie" if planned.by is None else "where another reward decides"
-        said.append(
+        sentences.append(
             f"{beyond}; beyond, a line in n/(n+1) is drawn on, which is a guess {why}, and the "
             "intervals do not know how good a guess; more draws a prompt measure it."
         )
     elif planned.draws < FEWEST_TO_EXTRAPOLATE:
-        said.append(f"{beyond}; nothing is extrapolated from fewer than {FEWEST_TO_EXTRAPOLATE}.")
+        sentences.append(
+            f"{beyond}; nothing is extrapolated from fewer than {FEWEST_TO_EXTRAPOLATE}."
+        )
     if planned.ties:
-        said.append("Some rewards tie, so that best-of-n's KL lies below ln n − (n−1)/n.")
-    return said
+        sentences.append("Some rewards tie, so that best-of-n's KL lies below ln n − (n−1)/n.")
+    return sentences
 
 
 def plan_table(planned: Plan) -> Table:

@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 
 import httpx
 
-from bonbon.remote.endpoints import Endpoint, backoff, is_passing, retry_after_seconds, said
+from bonbon.remote.endpoints import (
+    Endpoint,
+    backoff,
+    is_passing,
+    retry_after_seconds,
+    server_message,
+)
 
 T = TypeVar("T")
 
@@ -175,7 +181,7 @@ class Client:
             raise FaultError(f"status {status} without a reply: {self._said(response)}") from error
 
     def _said(self, response: httpx.Response) -> str:
-        return said(response.content, self.endpoint.secret, _LONGEST_MESSAGE)
+        return server_message(response.content, self.endpoint.secret, _LONGEST_MESSAGE)
 
     def _refusal(self, status: int, response: httpx.Response) -> RefusedError:
         if status in (401, 403):

@@ -1,8 +1,8 @@
-"""OpenAI's completions API as servers speak it: what is asked for, and what the replies mean.
+"""OpenAI's completions API as servers implement it: fields of requests, parsing of replies.
 
 Pure functions that the sampler and the upstream of `bonbon serve` share; `bonbon.remote.client`
-sends and receives. Those that read raise FaultError for a reply that is no use, and LookupError,
-TypeError, ValueError or AttributeError for what is no reply at all.
+sends and receives. Functions that parse raise FaultError for an unusable reply, and LookupError,
+TypeError, ValueError or AttributeError for a malformed one.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from bonbon.config.sampling import SamplingConfig
 from bonbon.remote.client import FaultError
 from bonbon.remote.endpoints import message_text
 
-# What servers add to a request that leaves it out (a model's recommended settings, or their own),
-# turned off: the sampling settings are the whole of the distribution. By `owned_by` of /models.
+# Servers add settings that a request leaves out (a model's recommended ones, or their own). These
+# turn them off, so that our sampling settings alone define the distribution. By `owned_by` of
+# /models.
 _OFF: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "vllm": {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
         "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
         "llamacpp": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
-        "bonbon": {"top_k": 0, "best_of": 1},  # which would choose by its own reward as well
+        "bonbon": {"top_k": 0, "best_of": 1},  # else it would also select by its own reward
     }
 )
 SEEDS = 2**31  # every server takes these
-_MOST_TOKENS = 2**24  # of a prompt or a completion; beyond the longest context there is
+_MOST_TOKENS = 2**24  # of a prompt or a completion; no model has so long a context
 
 
 # --- requests -------------------------------------------------------------------------------------
@@ -36,10 +37,10 @@ _MOST_TOKENS = 2**24  # of a prompt or a completion; beyond the longest context 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a server has.
+    """The models and properties that a server reports.
 
-    Its models' names, the settings that keep its own ones out, what kind of server it says it is
-    (`owned_by`), and the longest prompt and completion together, in tokens, by model.
+    `off` holds the settings that turn the server's own defaults off, `owner` is the kind of server
+    (`owned_by`), `contexts` the longest prompt and completion together, in tokens, by model.
     """
 
     models: tuple[str, ...]
@@ -48,9 +49,9 @@ class Offer:
     contexts: Mapping[str, int] = field(default_factory=dict)
 
 
-def read_offer(found: Any) -> Offer:
-    """An offer from the reply of /models; one without models is none."""
-    models = found["data"]
+def read_offer(reply: Any) -> Offer:
+    """Parse the reply of /models; it must list a model."""
+    models = reply["data"]
     owner = str(models[0].get("owned_by"))
     contexts = {str(model["id"]): model.get("max_model_len") for model in models}
     known = {name: length for name, length in contexts.items() if is_count(length)}
@@ -58,7 +59,7 @@ def read_offer(found: Any) -> Offer:
 
 
 def distribution(sampling: SamplingConfig) -> dict[str, Any]:
-    """The fields that say which distribution tokens are drawn from."""
+    """Return the request fields that set the distribution of tokens."""
     if sampling.top_k == 1:  # the most likely token; top_k is not in OpenAI's API
         return {"temperature": 0.0, "top_p": 1.0}
     cut = {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
@@ -69,7 +70,7 @@ def distribution(sampling: SamplingConfig) -> dict[str, Any]:
 
 
 def text_of(choice: Any) -> str:
-    """A choice's text, of either API; a reasoning model's thoughts are no part of it.
+    """Return a choice's text, of either API, without a reasoning model's thoughts.
 
     A lone surrogate, which no encoding can hold, becomes a question mark.
     """
@@ -81,98 +82,98 @@ def text_of(choice: Any) -> str:
 
 
 def encodable(text: Any) -> str:
-    """A text with question marks for lone surrogates."""
+    """Replace lone surrogates by question marks."""
     return str(text).encode(errors="replace").decode()
 
 
 def finish_reason(choice: Any) -> str:
-    """`stop` or `length`. Raises FaultError for any other end, as that is no draw of the model."""
-    found = choice.get("finish_reason")
-    if found in ("stop", "length"):
-        return str(found)
-    # Another try might bring one after "abort", but would get around a filter.
-    lasting = found in ("content_filter", "tool_calls", "function_call")
-    raise FaultError(f"a candidate ended with finish_reason {found!r:.40}", lasting=lasting)
+    """Return `stop` or `length`. Raises FaultError for other reasons: the text is no plain draw."""
+    reason = choice.get("finish_reason")
+    if reason in ("stop", "length"):
+        return str(reason)
+    # After "abort" another try may succeed; after a filter it would bias the draws.
+    lasting = reason in ("content_filter", "tool_calls", "function_call")
+    raise FaultError(f"a candidate ended with finish_reason {reason!r:.40}", lasting=lasting)
 
 
 @dataclass(frozen=True)
-class Usage:
-    """Tokens of a reply. `prefilled` are the prompt's that were not found in the server's cache."""
+class TokenUsage:
+    """The token counts of a reply. `prefilled` counts the prompt's tokens that were not cached."""
 
     tokens: int
     prompt_tokens: int
     prefilled: int
 
 
-def read_usage(found: Any) -> Usage | None:
-    """What a reply took; None where it does not say, or nothing that can be. Raises nothing."""
-    usage = _field(found, "usage")
+def read_usage(reply: Any) -> TokenUsage | None:
+    """Parse a reply's token counts; None where they are missing or impossible. Never raises."""
+    usage = _field(reply, "usage")
     tokens, prompt_tokens = _field(usage, "completion_tokens"), _field(usage, "prompt_tokens")
     if not is_count(tokens) or not is_count(prompt_tokens):
         return None
     cached = _field(_field(usage, "prompt_tokens_details"), "cached_tokens")
     prefilled = max(0, prompt_tokens - (cached if is_count(cached) else 0))
-    return Usage(tokens, prompt_tokens, prefilled)
+    return TokenUsage(tokens, prompt_tokens, prefilled)
 
 
-def plausible_usage(found: Any) -> Usage:
-    """What a reply took. Raises FaultError where it does not say."""
-    usage = read_usage(found)
+def plausible_usage(reply: Any) -> TokenUsage:
+    """Parse a reply's token counts. Raises FaultError where there are none."""
+    usage = read_usage(reply)
     if usage is None:
         raise FaultError("its replies do not say how many tokens they took (`usage`)", lasting=True)
     return usage
 
 
-def _field(found: Any, name: str) -> Any:
-    return found.get(name) if isinstance(found, dict) else None
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def is_count(value: Any) -> TypeGuard[int]:
-    """Whether a value can be a number of tokens."""
+    """Return whether a value can be a number of tokens."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
 
 
-def logprob_items(found: Any) -> Iterator[tuple[Any, Any, list[tuple[Any, Any]]]] | None:
-    """(token, ln p, most likely tokens with theirs) of each token, from either API's form.
+def logprob_items(logprobs: Any) -> Iterator[tuple[Any, Any, list[tuple[Any, Any]]]] | None:
+    """Yield (token, ln p, most likely tokens with their ln p) for each token, of either API.
 
-    llama.cpp answers /completions in the chat form too. None where there is neither; nothing of it
-    is checked yet.
+    llama.cpp answers /completions in the chat form too. None where neither form is there. The
+    values are not checked.
     """
-    if not isinstance(found, dict):
+    if not isinstance(logprobs, dict):
         return None
-    if isinstance(found.get("content"), list):
+    if isinstance(logprobs.get("content"), list):
         return (
             (
                 item["token"],
                 item["logprob"],
                 [(other["token"], other["logprob"]) for other in item.get("top_logprobs") or []],
             )
-            for item in found["content"]
+            for item in logprobs["content"]
         )
-    if not isinstance(found.get("tokens"), list):
+    if not isinstance(logprobs.get("tokens"), list):
         return None
-    tops = found.get("top_logprobs") or [None] * len(found["tokens"])
+    tops = logprobs.get("top_logprobs") or [None] * len(logprobs["tokens"])
     return (
         (token, logprob, list((others or {}).items()))
         for token, logprob, others in zip(
-            found["tokens"], found["token_logprobs"], tops, strict=True
+            logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True
         )
     )
 
 
 def read_logprob(value: Any) -> float:
-    """ln p (nats), perhaps −∞. Raises FaultError for a value that is none."""
+    """Parse ln p (nats), which may be −∞. Raises FaultError for an invalid value."""
     try:
         logprob = float(value)
-    except OverflowError:  # JSON has whole numbers of any size
+    except OverflowError:  # JSON allows integers of any size
         logprob = math.nan
     if math.isnan(logprob) or logprob == math.inf:
-        raise FaultError("its replies hold a log-probability that is none", lasting=True)
+        raise FaultError("its replies hold an invalid log-probability", lasting=True)
     return logprob
 
 
 def drawn_logprob(value: Any) -> float:
-    """ln p of a drawn token (nats). Raises FaultError for a value that is none, and for −∞."""
+    """Parse ln p of a drawn token (nats). Raises FaultError for an invalid value, and for −∞."""
     logprob = read_logprob(value)
     if logprob == -math.inf:
         raise FaultError("its replies hold a token of probability 0", lasting=True)

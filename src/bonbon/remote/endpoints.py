@@ -137,14 +137,14 @@ def message_text(content: Any) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
-def said(content: bytes, secret: str, longest: int = 200) -> str:
+def server_message(content: bytes, secret: str, longest: int = 200) -> str:
     """A server's message, for one line of an error, without the key."""
     text = content.decode(errors="replace")
     try:
-        found = json.loads(text)
+        value = json.loads(text)
         for name in ("error", "detail", "message"):
-            found = found.get(name, found) if isinstance(found, dict) else found
-        text = found if isinstance(found, str) else text
+            value = value.get(name, value) if isinstance(value, dict) else value
+        text = value if isinstance(value, str) else text
     except (ValueError, RecursionError):
         pass
     line = "".join(filter(str.isprintable, " ".join(text.split())))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bonbon.groups.group import Group, Prompt
-from bonbon.report.data import BASE, Policy, Run
+from bonbon.report.data import BASE_NAME, ReportedPolicy, Run
 
 BLOCK = 50  # prompts
 
@@ -38,7 +38,7 @@ def embed(run: Run) -> Browser | None:
     mean reward first. The index has for every prompt its text and each column's rewards, draw by
     draw; a block has the columns' texts.
     """
-    base = run.groups.get(BASE)
+    base = run.groups.get(BASE_NAME)
     models = [policy for policy in run.lineup if policy.name in run.groups]
     if not base or not models:
         return None
@@ -72,13 +72,13 @@ def _regression(change: float | None) -> float:
     return math.inf if change is None else change
 
 
-Column = tuple[list[str], list[dict[str, float | None]]]
+ShownDraws = tuple[list[str], list[dict[str, float | None]]]
 
 
 def _entry(
-    run: Run, position: int, base: Group, models: Sequence[tuple[Policy, Group | None]]
+    run: Run, position: int, base: Group, models: Sequence[tuple[ReportedPolicy, Group | None]]
 ) -> dict[str, Any]:
-    columns: dict[str, Column] = {BASE: _column(base, range(base.n)[: run.k])}
+    columns: dict[str, ShownDraws] = {BASE_NAME: _column(base, range(base.n)[: run.k])}
     best = _best(base, range(base.n)[run.k :][: run.n])
     if best:
         columns[f"best-of-{run.n}"] = _column(base, best)
@@ -89,13 +89,13 @@ def _entry(
         "id": base.prompt_id,
         "position": position,
         "prompt": _messages(base.prompt),
-        "changes": {p.name: _change(columns.get(p.name), columns[BASE]) for p, _ in models},
+        "changes": {p.name: _change(columns.get(p.name), columns[BASE_NAME]) for p, _ in models},
         "figures": {name: figures for name, (_, figures) in columns.items()},
         "texts": {name: texts for name, (texts, _) in columns.items()},
     }
 
 
-def _draws(run: Run, policy: Policy, group: Group) -> Sequence[int]:
+def _draws(run: Run, policy: ReportedPolicy, group: Group) -> Sequence[int]:
     """The draws that are the policy's answers: the first k, or the one that it keeps."""
     draws = range(group.n)
     return draws[: run.k] if policy.best_of is None else _best(group, draws[: policy.best_of])
@@ -109,7 +109,7 @@ def _best(group: Group, draws: Sequence[int]) -> Sequence[int]:
     return (max(draws, key=lambda draw: rewards[draw]),)
 
 
-def _column(group: Group, draws: Sequence[int]) -> Column:
+def _column(group: Group, draws: Sequence[int]) -> ShownDraws:
     """Texts, and reward and further figures of each draw."""
     # Of the three estimates of a completion's KL the default is enough to read beside it.
     metrics = {name: row for name, row in group.metrics.items() if not name.startswith("kl_")}
@@ -126,7 +126,7 @@ def _short(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _change(ours: Column | None, base: Column) -> float | None:
+def _change(ours: ShownDraws | None, base: ShownDraws) -> float | None:
     """Mean reward of the model's draws minus that of the base's."""
     means = [_mean([draw.get("reward") for draw in column[1]]) for column in (ours, base) if column]
     if len(means) < 2 or means[0] is None or means[1] is None:

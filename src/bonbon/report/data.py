@@ -21,11 +21,11 @@ from bonbon.groups.shards import read_groups, shard_paths
 from bonbon.system.atomic_files import read_json
 from bonbon.system.errors import BonbonError
 
-BASE = "base"
+BASE_NAME = "base"
 
 
 @dataclass(frozen=True)
-class Policy:
+class ReportedPolicy:
     """One model of the evaluation; `best_of` is set when it keeps the best of so many draws."""
 
     name: str
@@ -48,8 +48,8 @@ class Policy:
     def further(self) -> dict[str, Figure]:
         """Win rates by each reward that was not trained on."""
         names = self.values.get("win_rate_by") or {}
-        found = {name: self.figure("win_rate_by", name) for name in names}
-        return {name: figure for name, figure in found.items() if figure is not None}
+        figures = {name: self.figure("win_rate_by", name) for name in names}
+        return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def as_figure(value: Any) -> Figure | None:
@@ -83,41 +83,41 @@ class Run:
         return int(self.evaluation.get("k") or 0)
 
     @cached_property
-    def policies(self) -> dict[str, Policy]:
+    def policies(self) -> dict[str, ReportedPolicy]:
         """All models by name, in the evaluation's order; best-of-n is never the last."""
         return {
-            name: Policy(name, _best_of(name, values, self.n), values)
+            name: ReportedPolicy(name, _best_of(name, values, self.n), values)
             for name, values in self.evaluation["models"].items()
         }
 
     @property
-    def contenders(self) -> list[Policy]:
+    def contenders(self) -> list[ReportedPolicy]:
         """All but the base model."""
-        return [policy for name, policy in self.policies.items() if name != BASE]
+        return [policy for name, policy in self.policies.items() if name != BASE_NAME]
 
     @property
-    def trained(self) -> list[Policy]:
+    def trained(self) -> list[ReportedPolicy]:
         """All that answer with one draw, the base model left out."""
         return [policy for policy in self.contenders if policy.best_of is None]
 
     @property
-    def lineup(self) -> list[Policy]:
+    def lineup(self) -> list[ReportedPolicy]:
         """The contenders as charts show them: the main one, other models, best-of-k policies."""
         order = [self.main, *self.trained, *self.contenders]
         return list({policy.name: policy for policy in order if policy is not None}.values())
 
     @property
-    def columns(self) -> list[Policy]:
+    def columns(self) -> list[ReportedPolicy]:
         """All policies as tables show them: the main one, then the rest in their order."""
         return list({p.name: p for p in (self.main, *self.policies.values()) if p}.values())
 
     @property
-    def best_of_n(self) -> Policy | None:
+    def best_of_n(self) -> ReportedPolicy | None:
         """Best-of-n of the base model, as it was measured."""
         return self.policies.get(f"best-of-{self.n}")
 
     @cached_property
-    def main(self) -> Policy | None:
+    def main(self) -> ReportedPolicy | None:
         """The model that the run is about; None in a comparison."""
         if "main" in self.evaluation:
             return self.policies.get(self.evaluation["main"] or "")

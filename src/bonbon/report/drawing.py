@@ -67,8 +67,8 @@ def finish(
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     write_text(plots / f"{name}.svg", svg)
-    found = tuple(table for table in tables if table is not None)
-    return Chart(name, title, styles.inline(svg, name.replace("_", "-"), title), found)
+    drawn_tables = tuple(table for table in tables if table is not None)
+    return Chart(name, title, styles.inline(svg, name.replace("_", "-"), title), drawn_tables)
 
 
 def _save(figure: Any, path: Path, **options: Any) -> None:

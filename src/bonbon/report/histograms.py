@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bonbon.groups.group import Group
-from bonbon.report.data import BASE, Run
+from bonbon.report.data import BASE_NAME, Run
 from bonbon.tilt.ranks import best_of_n_rank_weights
 
 Floats = NDArray[np.float64]
@@ -34,7 +34,7 @@ def histograms(run: Run) -> Histograms | None:
     Rewards in the outermost 0.2% at either end are counted in the first or last bin.
     """
     weighted = _weighted_rewards(run)
-    if BASE not in weighted:
+    if BASE_NAME not in weighted:
         return None
     pooled = np.concatenate([rewards for rewards, _ in weighted.values()])
     # Twice the largest float has to be one.
@@ -47,20 +47,22 @@ def histograms(run: Run) -> Histograms | None:
         name: np.histogram(np.clip(rewards, low, high), edges, weights=weights)[0] / weights.sum()
         for name, (rewards, weights) in weighted.items()
     }
-    return Histograms(edges, shares, tuple(n for n in (BASE, f"best-of-{run.n}") if n in shares))
+    return Histograms(
+        edges, shares, tuple(n for n in (BASE_NAME, f"best-of-{run.n}") if n in shares)
+    )
 
 
 def _weighted_rewards(run: Run) -> dict[str, tuple[Floats, Floats]]:
     """Rewards and their weights: of all draws alike, or by rank where the best is kept."""
-    wanted = {BASE: None} | {policy.name: policy.best_of for policy in run.lineup}
-    found, own = {}, f"best-of-{run.n}"
+    wanted = {BASE_NAME: None} | {policy.name: policy.best_of for policy in run.lineup}
+    weighted, own = {}, f"best-of-{run.n}"
     for name, best_of in wanted.items():
-        groups = run.groups.get(name, run.groups.get(BASE) if name == own else None) or ()
+        groups = run.groups.get(name, run.groups.get(BASE_NAME) if name == own else None) or ()
         pairs = [_by_rank(group, best_of or 1) for group in groups if _usable(group, best_of or 1)]
         if pairs:
             rewards, weights = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-            found[name] = rewards, weights
-    return found
+            weighted[name] = rewards, weights
+    return weighted
 
 
 def _usable(group: Group, best_of: int) -> bool:

@@ -44,7 +44,7 @@ class Summary:
     main_tables: list[Table]
     drift_tables: list[Table]
     honesty_tables: list[Table]
-    done_tables: list[Table]
+    run_tables: list[Table]
     settings: Table | None
     command: str
     glossary: Mapping[str, str]
@@ -60,22 +60,22 @@ def summarise(run: Run) -> Summary:
         headline=words.headline(run),
         tiles=words.tiles(run),
         ranking=_ranking(run),
-        main_tables=_found(
+        main_tables=_present(
             tables.main_table(run),
             tables.kl_table(run),
             tables.best_of_n_kl_table(run),
             tables.pairs_table(run),
         ),
-        drift_tables=_found(*tables.drift_tables(run), tables.forgetting_table(run)),
-        honesty_tables=_found(tables.honesty_table(run), tables.tasks_table(run)),
-        done_tables=_found(_done(run), tables.cost_table(run)),
+        drift_tables=_present(*tables.drift_tables(run), tables.forgetting_table(run)),
+        honesty_tables=_present(tables.honesty_table(run), tables.tasks_table(run)),
+        run_tables=_present(_run_table(run), tables.cost_table(run)),
         settings=table("All settings", ("setting", "value"), list(_settings(run).items())),
         command=_command(run),
         glossary=glossary(run),
     )
 
 
-def _found(*candidates: Table | None) -> list[Table]:
+def _present(*candidates: Table | None) -> list[Table]:
     return [candidate for candidate in candidates if candidate is not None]
 
 
@@ -137,7 +137,7 @@ _MAIN_SETTINGS = {
 }
 
 
-def _done(run: Run) -> Table | None:
+def _run_table(run: Run) -> Table | None:
     """The models, the data and the settings that matter most."""
     settings = _settings(run)
     described = run.evaluation.get("reward") or {}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bonbon.evaluation.figures import Figure
-from bonbon.report.data import Policy, Run, as_figure
+from bonbon.report.data import ReportedPolicy, Run, as_figure
 from bonbon.report.numbers import in_brackets, number, of_100
 
 
-def ranked(run: Run) -> list[Policy]:
+def ranked(run: Run) -> list[ReportedPolicy]:
     """All policies but the base model that have a win rate, the best first."""
     measured = [policy for policy in run.contenders if policy.figure("win_rate")]
     return sorted(measured, key=lambda policy: -(policy.number("win_rate") or 0.0))
@@ -40,7 +40,7 @@ def ranking(run: Run) -> Iterator[str]:
         yield from _order_by(name, order)
 
 
-def _win(policy: Policy) -> Figure:
+def _win(policy: ReportedPolicy) -> Figure:
     win = policy.figure("win_rate")
     assert win is not None
     return win
@@ -53,7 +53,7 @@ def _preferred(win: Figure) -> str:
     )
 
 
-def _best_single(order: list[Policy]) -> Iterator[str]:
+def _best_single(order: list[ReportedPolicy]) -> Iterator[str]:
     """The best of the policies that draw once, where the winner draws more often."""
     single = [policy for policy in order if policy.best_of is None]
     if order[0].best_of is not None and single:
@@ -63,7 +63,7 @@ def _best_single(order: list[Policy]) -> Iterator[str]:
         )
 
 
-def _lead(run: Run, first: Policy, second: Policy) -> str:
+def _lead(run: Run, first: ReportedPolicy, second: ReportedPolicy) -> str:
     difference = _difference(run, first.name, second.name)
     if difference is None:
         apart = "do not overlap" if _win(first).low > _win(second).high else "overlap"
@@ -84,7 +84,7 @@ def _difference(run: Run, ours: str, theirs: str) -> Figure | None:
     return None
 
 
-def _order_by(name: str, order: list[Policy]) -> Iterator[str]:
+def _order_by(name: str, order: list[ReportedPolicy]) -> Iterator[str]:
     judged = [(policy, policy.further[name]) for policy in order if name in policy.further]
     if not judged:
         return

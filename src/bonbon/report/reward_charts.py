@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bonbon.report.data import BASE, Run
+from bonbon.report.data import BASE_NAME, Run
 from bonbon.report.drawing import INK, MUTED, Chart, add_legend, colour_of, finish, new_axes, plain
 from bonbon.report.histograms import Histograms, histograms
 from bonbon.report.numbers import number
@@ -17,40 +17,42 @@ from bonbon.report.theme import SvgStyles
 def reward_histogram(run: Run, styles: SvgStyles, plots: Path) -> Iterator[Chart]:
     from matplotlib.ticker import PercentFormatter
 
-    found = histograms(run)
-    if found is None:
+    binned = histograms(run)
+    if binned is None:
         return
-    panels = [name for name in found.shares if name not in found.reference] or [BASE]
+    panels = [name for name in binned.shares if name not in binned.reference] or [BASE_NAME]
     canvas, grid = new_axes(0.9 + 1.5 * len(panels), rows=len(panels), sharex=True, sharey=True)
     for axes, name in zip(grid[:, 0], panels, strict=True):
-        handles = _histogram_panel(axes, found, name, colour_of(run, name))
+        handles = _histogram_panel(axes, binned, name, colour_of(run, name))
     grid[-1, 0].set_xlabel("reward")
     grid[-1, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     canvas.supylabel("share of completions", fontsize=9.5)
     add_legend(canvas, *zip(*handles, strict=True))
-    title = f"Distribution of rewards of {', '.join(found.shares)}."
+    title = f"Distribution of rewards of {', '.join(binned.shares)}."
     rows = [
-        (f"{low:.3g} to {high:.3g}", *(f"{100 * s[i]:.1f}%" for s in found.shares.values()))
-        for i, (low, high) in enumerate(zip(found.edges[:-1], found.edges[1:], strict=True))
+        (f"{low:.3g} to {high:.3g}", *(f"{100 * s[i]:.1f}%" for s in binned.shares.values()))
+        for i, (low, high) in enumerate(zip(binned.edges[:-1], binned.edges[1:], strict=True))
     ]
-    data = table("Share of completions by reward", ("reward", *found.shares), rows)
+    data = table("Share of completions by reward", ("reward", *binned.shares), rows)
     yield finish("reward_histogram", title, canvas, (data,), styles, plots)
 
 
-def _histogram_panel(axes: Any, found: Histograms, name: str, colour: str) -> list[tuple[Any, str]]:
+def _histogram_panel(
+    axes: Any, binned: Histograms, name: str, colour: str
+) -> list[tuple[Any, str]]:
     handles = []
-    for reference, shares in found.shares.items():
-        if reference == BASE:
-            drawn = axes.stairs(shares, found.edges, fill=True, color=MUTED, alpha=0.3)
-        elif reference in found.reference:
+    for reference, shares in binned.shares.items():
+        if reference == BASE_NAME:
+            drawn = axes.stairs(shares, binned.edges, fill=True, color=MUTED, alpha=0.3)
+        elif reference in binned.reference:
             drawn = axes.stairs(
-                shares, found.edges, color=INK, linewidth=1.1, linestyle=(0, (3, 2))
+                shares, binned.edges, color=INK, linewidth=1.1, linestyle=(0, (3, 2))
             )
         else:
             continue
         handles.append((drawn, reference))
-    if name not in found.reference:
-        drawn = axes.stairs(found.shares[name], found.edges, color=colour, linewidth=1.7)
+    if name not in binned.reference:
+        drawn = axes.stairs(binned.shares[name], binned.edges, color=colour, linewidth=1.7)
         axes.set_title(plain(name), loc="left", color=colour)
     return handles
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bonbon.evaluation.figures import Figure
-from bonbon.report.data import Policy, Run, as_figure
+from bonbon.report.data import ReportedPolicy, Run, as_figure
 from bonbon.report.numbers import MISSING, Shown, duration, number, shown
 
 
@@ -20,7 +20,7 @@ class Table:
     rows: tuple[tuple[Shown, ...], ...]
 
 
-Row = tuple[str, Callable[[Policy], Figure | None], str, bool]
+Row = tuple[str, Callable[[ReportedPolicy], Figure | None], str, bool]
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table | None:
@@ -44,7 +44,7 @@ def _by_policy(caption: str, run: Run, rows: Sequence[Row]) -> Table | None:
     return table(caption, ["figure", *(policy.name for policy in policies)], measured)
 
 
-def _figure(*keys: str) -> Callable[[Policy], Figure | None]:
+def _figure(*keys: str) -> Callable[[ReportedPolicy], Figure | None]:
     return lambda policy: policy.figure(*keys)
 
 
@@ -142,7 +142,7 @@ def drift_tables(run: Run) -> list[Table]:
             shown_as = label.replace("(share)", "(points)") if is_points else label
             rows.append((shown_as, _figure(key, name), "points" if is_points else unit, signed))
         tables.append(_by_policy(caption, run, rows))
-    return [found for found in tables if found is not None]
+    return [item for item in tables if item is not None]
 
 
 def _metrics(run: Run) -> list[tuple[str, str, str]]:
@@ -150,12 +150,12 @@ def _metrics(run: Run) -> list[tuple[str, str, str]]:
     known: Mapping[str, Any] = run.evaluation.get("metrics") or {}
     measured = (policy.values.get("drift") or {} for policy in run.contenders)
     names = dict.fromkeys([*known, *(name for metrics in measured for name in metrics)])
-    found = []
+    labelled = []
     for name in names:
         described = known.get(name) or {}
         label, unit = described.get("label") or name, described.get("unit") or ""
-        found.append((name, f"{label} ({unit})" if unit else label, unit))
-    return found
+        labelled.append((name, f"{label} ({unit})" if unit else label, unit))
+    return labelled
 
 
 def honesty_table(run: Run) -> Table | None:
@@ -166,14 +166,14 @@ def honesty_table(run: Run) -> Table | None:
         for name in run.further_rewards
     ]
     rows.append(("by a judge model", _figure("judge", "win_rate"), "share", False))
-    found = _by_policy("Win rate against the base model by who is asked", run, rows)
+    win_rates = _by_policy("Win rate against the base model by who is asked", run, rows)
     counts = tuple(
-        _judge_counts([run.policies[name] for name in found.header[1:]] if found else [])
+        _judge_counts([run.policies[name] for name in win_rates.header[1:]] if win_rates else [])
     )
-    return found and Table(found.caption, found.header, found.rows + counts)
+    return win_rates and Table(win_rates.caption, win_rates.header, win_rates.rows + counts)
 
 
-def _judge_counts(policies: Sequence[Policy]) -> Iterator[tuple[Shown, ...]]:
+def _judge_counts(policies: Sequence[ReportedPolicy]) -> Iterator[tuple[Shown, ...]]:
     judges = [policy.values.get("judge") or {} for policy in policies]
     for key, label in (
         ("comparisons", "judge’s comparisons"),

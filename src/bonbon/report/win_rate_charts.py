@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bonbon.evaluation.figures import Figure
-from bonbon.report.data import Policy, Run, as_figure
+from bonbon.report.data import ReportedPolicy, Run, as_figure
 from bonbon.report.drawing import INK, MUTED, Chart, add_legend, finish, looks, new_axes
 from bonbon.report.numbers import number, shown
 from bonbon.report.tables import Table, best_of_k_table, table
@@ -29,13 +29,13 @@ def win_rate_kl(run: Run, styles: SvgStyles, plots: Path) -> Iterator[Chart]:
     axes.set_xlabel("KL from the base model (nats)")
     _win_rate_axis(axes)
     add_legend(canvas, *zip(*handles, strict=True))
-    said = "; ".join(f"{p.name} {w.value:.0%} at {x.value:.2f} nats" for p, x, w in points)
-    title = f"Win rate against KL, below the frontier that no rank-based policy passes: {said}."
+    summary = "; ".join(f"{p.name} {w.value:.0%} at {x.value:.2f} nats" for p, x, w in points)
+    title = f"Win rate against KL, below the frontier that no rank-based policy passes: {summary}."
     tables = (_points_table("Win rate against KL", points), best_of_k_table(run))
     yield finish("win_rate_kl", title, canvas, tables, styles, plots)
 
 
-Point = tuple[Policy, Figure, Figure]
+Point = tuple[ReportedPolicy, Figure, Figure]
 
 
 def _points(run: Run, key: str) -> list[Point]:
@@ -158,7 +158,7 @@ def win_rate_length(run: Run, styles: SvgStyles, plots: Path) -> Iterator[Chart]
     axes.set_xlabel("length change against the base model (tokens)")
     _win_rate_axis(axes)
     add_legend(canvas, *zip(*handles, strict=True))
-    said = "; ".join(f"{p.name} {number(x.value, 1, True)} tokens" for p, x, _ in points)
+    summary = "; ".join(f"{p.name} {number(x.value, 1, True)} tokens" for p, x, _ in points)
     caption = "Win rate against length change"
     tables = (_points_table(caption, points, "tokens"),)
-    yield finish("win_rate_length", f"{caption}: {said}.", canvas, tables, styles, plots)
+    yield finish("win_rate_length", f"{caption}: {summary}.", canvas, tables, styles, plots)

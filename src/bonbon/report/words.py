@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bonbon.evaluation.figures import Figure
-from bonbon.report.data import Policy, Run
+from bonbon.report.data import ReportedPolicy, Run
 from bonbon.report.numbers import Shown, in_brackets, number, of_100, shown, whole_share
 from bonbon.report.ranking import ranking
 
@@ -49,7 +49,7 @@ def tiles(run: Run) -> list[Tile]:
     ]
 
 
-def _main_findings(run: Run, main: Policy) -> Iterator[str]:
+def _main_findings(run: Run, main: ReportedPolicy) -> Iterator[str]:
     win = main.figure("win_rate")
     if win is None:
         yield f"The win rate of {main.name} was not measured."
@@ -83,7 +83,7 @@ def _win(win: Figure) -> str:
     )
 
 
-def _ties(main: Policy) -> Iterator[str]:
+def _ties(main: ReportedPolicy) -> Iterator[str]:
     ties = main.number("tie_rate")
     if ties is not None and ties >= 1:
         yield "The reward tells no two answers apart: every pair ties."
@@ -91,7 +91,7 @@ def _ties(main: Policy) -> Iterator[str]:
         yield f"Ties count half: {of_100(ties)} of 100 pairs tie."
 
 
-def _best_of_n(run: Run, main: Policy, win: Figure) -> Iterator[str]:
+def _best_of_n(run: Run, main: ReportedPolicy, win: Figure) -> Iterator[str]:
     best = run.best_of_n.figure("win_rate") if run.best_of_n else None
     if best is None:
         return
@@ -117,7 +117,7 @@ def _best_of_n(run: Run, main: Policy, win: Figure) -> Iterator[str]:
         )
 
 
-def _distance(main: Policy, win: Figure) -> Iterator[str]:
+def _distance(main: ReportedPolicy, win: Figure) -> Iterator[str]:
     kl, efficiency = main.number("kl"), main.number("kl_efficiency")
     if kl is None:
         yield (
@@ -141,7 +141,7 @@ def _distance(main: Policy, win: Figure) -> Iterator[str]:
         )
 
 
-def _length(main: Policy, win: Figure) -> Iterator[str]:
+def _length(main: ReportedPolicy, win: Figure) -> Iterator[str]:
     change = main.figure("length_change")
     if change is not None:
         interval = shown(change, "tokens", signed=True).interval
@@ -165,7 +165,7 @@ def _length(main: Policy, win: Figure) -> Iterator[str]:
         )
 
 
-def _further(run: Run, main: Policy, win: Figure) -> Iterator[str]:
+def _further(run: Run, main: ReportedPolicy, win: Figure) -> Iterator[str]:
     if not main.further:
         yield (
             "No further reward was measured, so nothing here shows whether the model has learned "
@@ -213,7 +213,7 @@ def _own_shrinkage(run: Run, name: str) -> str:
     return f" (best-of-{run.n}’s own shrinks by {_shrinkage(win, gold)})"
 
 
-def _judge(main: Policy) -> Iterator[str]:
+def _judge(main: ReportedPolicy) -> Iterator[str]:
     judge = main.values.get("judge")
     asked = (judge or {}).get("comparisons") or 0
     if not judge or not asked:
@@ -234,7 +234,7 @@ def _judge(main: Policy) -> Iterator[str]:
     )
 
 
-def _forgetting(main: Policy) -> Iterator[str]:
+def _forgetting(main: ReportedPolicy) -> Iterator[str]:
     loss = main.figure("human_text", "forgetting")
     if loss is None:
         return

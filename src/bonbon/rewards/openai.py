@@ -1,9 +1,9 @@
-"""Scoring completions by a reward model that vLLM serves.
+"""Rewards from a reward model that vLLM serves (0.12 or later).
 
-Its three routes take and give, with `use_activation` off so that the numbers are the model's own
-and not their sigmoid (vLLM 0.12 or later):
+It has three routes. Requests turn `use_activation` off, so that the numbers are the model's outputs
+and not their sigmoid:
 
-| `api` | asks | reads | the model |
+| `api` | request | value of the reply | the model |
 |---|---|---|---|
 | `pooling` | `POST /pooling` | `data[0].data`, a vector | any with one number a text |
 | `classify` | `POST /classify` | `data[0].probs`, a vector | a classifier with one label |
@@ -26,27 +26,27 @@ from bonbon.remote.blocking_client import RefusedRequestError, Request, Server
 from bonbon.remote.client import FaultError
 
 # A text that is too long loses tokens at its beginning.
-_ASKED = {"use_activation": False, "truncate_prompt_tokens": -1, "truncation_side": "left"}
+_FIELDS = {"use_activation": False, "truncate_prompt_tokens": -1, "truncation_side": "left"}
 _VALUES: Mapping[str, str] = MappingProxyType(
     {"pooling": "data", "classify": "probs", "score": "score"}
 )
 
 
 class OpenAIReward:
-    """A `Reward` behind one of vLLM's routes; one request a completion.
+    """A `Reward` that asks one of vLLM's routes, one request a completion.
 
     Where the served model has a chat template, `pooling` and `classify` score the conversation with
-    the completion as its last message, as `RewardModel` does. Otherwise they score the text of the
-    prompt and the completion behind it, tokenised in one piece: where that merges tokens across the
-    seam, or the tokenizer has a way of its own for pairs, the score differs from `RewardModel`'s,
-    which encodes the two as a pair. `score` sends a pair, which vLLM encodes as one for
-    cross-encoders and joins to one text for others; it never uses the tokenizer's chat template.
-    With `encode` there is no difference: `pooling` and `classify` then get those token ids.
-    A text that is too long loses its first tokens, a leading special one among them.
+    the completion as its last message, as `RewardModel` does. Otherwise they score prompt and
+    completion as one text. `RewardModel` encodes the two as a pair instead, so its score differs
+    where tokens merge across the boundary or the tokenizer treats pairs specially. `score` sends a
+    pair, which vLLM encodes as a pair for cross-encoders and joins to one text for other models; it
+    never uses the tokenizer's chat template. With `encode` there is no difference: `pooling` and
+    `classify` then get those token ids. A text that is too long loses its first tokens, a leading
+    special token included.
 
     Args:
         settings: the server and the route; `base_url` may end with `/v1`.
-        encode: the token ids that the model reads for a prompt and a completion, such as
+        encode: maps a prompt and a completion to the model's token ids, such as
             `RewardModel.encode`; None: the server tokenises.
 
     Raises BonbonError when the address or the key cannot be used.
@@ -59,20 +59,20 @@ class OpenAIReward:
     ) -> None:
         self.settings = settings
         self._encode = encode
-        root = settings.base_url.rstrip("/").removesuffix("/v1")  # where the routes are
+        root = settings.base_url.rstrip("/").removesuffix("/v1")  # the routes are not under /v1
         self._server = Server(settings.model_copy(update={"base_url": root}), "reward.server")
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """See `Reward`.
+        """Score completions; see `Reward`.
 
-        Raises BonbonError, naming the completion and the reason, where the server does not give one
-        finite number for it.
+        Raises BonbonError, naming the completion and the reason, where the server does not return
+        one finite number for it.
         """
         pairs = list(zip(prompts, completions, strict=True))
         requests = [
             self._request(
                 f"the reward of completion {index + 1} of {len(pairs)} ({completion!r:.60})",
-                self._asked(prompt, completion),
+                self._body(prompt, completion),
             )
             for index, (prompt, completion) in enumerate(pairs)
         ]
@@ -82,7 +82,7 @@ class OpenAIReward:
         """Close the connections."""
         self._server.close()
 
-    def _asked(self, prompt: Prompt, completion: str) -> dict[str, Any]:
+    def _body(self, prompt: Prompt, completion: str) -> dict[str, Any]:
         if self.settings.api == "score":
             return {"text_1": as_text(prompt), "text_2": completion}
         if self._encode is not None:
@@ -93,22 +93,22 @@ class OpenAIReward:
 
     @cached_property
     def _has_template(self) -> bool:
-        """Whether the served model takes conversations, by asking for the score of one."""
-        asked = {"messages": _conversation("Hello", "Hello")}
+        """Whether the served model accepts conversations, tested by one request."""
+        body = {"messages": _conversation("Hello", "Hello")}
         try:
-            self._server.ask_all([self._request("the reward of a first conversation", asked)])
+            self._server.ask_all([self._request("the reward of a first conversation", body)])
         except RefusedRequestError as refusal:
             if refusal.about_request:
                 return False
             raise
         return True
 
-    def _request(self, name: str, asked: dict[str, Any]) -> Request[float]:
+    def _request(self, name: str, body: dict[str, Any]) -> Request[float]:
         named = {} if self.settings.model is None else {"model": self.settings.model}
-        return Request(name, self.settings.api, {**_ASKED, **named, **asked}, self._read)
+        return Request(name, self.settings.api, {**_FIELDS, **named, **body}, self._read)
 
-    def _read(self, found: Any) -> float:
-        items = found["data"]
+    def _read(self, reply: Any) -> float:
+        items = reply["data"]
         if len(items) != 1:
             raise FaultError(f"{len(items)} results for one completion", lasting=True)
         return _number(items[0][_VALUES[self.settings.api]])
@@ -120,19 +120,19 @@ def _conversation(prompt: Prompt, completion: str) -> list[Message]:
 
 
 def _number(value: Any) -> float:
-    """The only number in what may be a vector, or a vector a token; FaultError for anything else"""
+    """Return the one number of a scalar or of nested lists. Raises FaultError otherwise."""
     shape: list[int] = []
     while isinstance(value, list):
         shape.append(len(value))
         if len(value) != 1:
             raise FaultError(
                 f"a result of shape {tuple(shape)} or more; a reward model gives one number, and "
-                "vLLM one a text with --pooler-config.task classify",
+                "vLLM gives one a text with --pooler-config.task classify",
                 lasting=True,
             )
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise FaultError(f"{value!r:.40} is no number", lasting=True)
+        raise FaultError(f"{value!r:.40} is not a number", lasting=True)
     try:
         number = float(value)
     except OverflowError:

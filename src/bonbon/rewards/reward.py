@@ -15,7 +15,7 @@ import numpy as np
 
 from bonbon.groups.group import Group, Prompt
 from bonbon.system.errors import BonbonError
-from bonbon.system.user_functions import function_digest, import_function, said
+from bonbon.system.user_functions import error_text, function_digest, import_function
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Any]
 
@@ -51,7 +51,9 @@ class FunctionReward:
         try:
             return np.asarray(self.function(prompts, completions), dtype=np.float64)
         except Exception as error:  # the user's code again
-            raise BonbonError(f"reward function {self.name!r} failed: {said(error)}") from error
+            raise BonbonError(
+                f"reward function {self.name!r} failed: {error_text(error)}"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -42,15 +42,15 @@ def shared_beginnings(
     Those that save a quarter of the tokens, as in training. What follows a beginning has a token
     that is not `pad_id`, since there the model looks for a row's end.
     """
-    found, start = [], 0
+    beginnings, start = [], 0
     for _, same in groupby(prompts):
         end = start + len(list(same))
         group = rows[start:end]
         length = min(_alike(group), *(_last_token(row, pad_id) for row in group))
         if 4 * (end - start - 1) * length >= sum(map(len, group)) > 0:
-            found.append(Beginning(tuple(range(start, end)), length))
+            beginnings.append(Beginning(tuple(range(start, end)), length))
         start = end
-    return found
+    return beginnings
 
 
 def _alike(rows: Sequence[Tokens]) -> int:

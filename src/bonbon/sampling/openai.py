@@ -1,15 +1,15 @@
-"""Drawing completions from a server: vLLM, SGLang, llama.cpp, or a hosted one.
+"""A sampler that draws completions from a server: vLLM, SGLang, llama.cpp, or a hosted one.
 
-vLLM, SGLang and llama.cpp are sent the prompt's token ids, so that what they continue is what is
-trained on; others get the text, or the messages. vLLM and SGLang (since July 2026) send the drawn
-token ids back; where none come, the text is tokenised again, which need not give the drawn ones.
+vLLM, SGLang and llama.cpp get the prompt's token ids, so that the prompt is the same as in
+training; other servers get the text, or the messages. vLLM and SGLang (since July 2026) return the
+drawn token ids; otherwise the text is tokenised again, which may give other tokens than were drawn.
 
-Every draw has a seed of its own, the same at every try: that of its prompt plus its number
-(`random_streams.request_seed`). vLLM seeds the i-th of a request's draws with seed + i, so it is
-asked for several at once, and which ones share a request changes none of them. Other servers are
-asked for one draw a request, as they say nothing about the seeds of more. vLLM and llama.cpp keep
-to a seed, SGLang does with --enable-deterministic-inference, hosted ones as they say. No server's
-draws are those of `bonbon.sampling.generation_loop`.
+Every draw has its own seed, the same at every try: its prompt's seed plus its number
+(`random_streams.request_seed`). vLLM seeds the i-th draw of a request with seed + i, so one request
+asks for several draws; how draws are grouped into requests does not change them. Other servers get
+one draw a request, as they do not document the seeds of more. vLLM and llama.cpp are deterministic
+for a seed, SGLang is with --enable-deterministic-inference, hosted servers as they document. No
+server gives the same draws as `bonbon.sampling.generation_loop`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from bonbon.sampling.random_streams import request_seed
 from bonbon.system.errors import BonbonError
 
 _TAKE_IDS = frozenset({"vllm", "sglang", "llamacpp"})  # llama.cpp: since August 2025
-# Draws a request, where the i-th has the seed + i. As many are lost when it fails.
+# Draws a request, where the i-th has the seed + i. A failed request loses all of its draws.
 _TOGETHER: Mapping[str, int] = MappingProxyType({"vllm": 8})
 _LARGE_SEEDS = frozenset({"vllm"})  # takes any below 2^63
 _LARGEST_LOGPROB = 1e-3  # nats; 0 but for rounding
@@ -52,11 +52,11 @@ _LARGEST_LOGPROB = 1e-3  # nats; 0 but for rounding
 
 @dataclass(frozen=True)
 class Terms:
-    """How a server is asked.
+    """How requests to a server are built.
 
-    The model's name, what kind of server it is, the fields that every request has, the longest
-    prompt and completion together in tokens, whether it takes and gives token ids, and the most
-    draws a request.
+    The model's name, the kind of server (`owner`), the fields of every request, the longest prompt
+    and completion together in tokens, whether the server takes and returns token ids, and the most
+    draws a request (`together`).
     """
 
     model: str
@@ -81,16 +81,16 @@ class Draw:
 class OpenAISampler:
     """A `Sampler` of an OpenAI-compatible server.
 
-    Log-probabilities are kept where they are those of the drawn tokens under the sampling settings:
-    token ids came back, and temperature 1 without top-k and top-p makes the server's the model's
-    own. Else they are NaN, to be computed by a forward pass.
+    The server's log-probabilities are kept only if they are those of the drawn tokens under the
+    sampling settings: the server returned token ids, and the temperature is 1 without top-k and
+    top-p. Otherwise they are NaN, to be computed by a forward pass.
 
     Args:
         processing_class: the policy's tokenizer, which must be the server's.
         config: what to draw.
         settings: the server.
         stream: names the random stream; see `TransformersSampler`.
-        context: the most tokens of a prompt and its completion; None: what the server says.
+        context: the most tokens of a prompt and its completion; None: the server's.
 
     Raises BonbonError when the address or the key cannot be used.
     """
@@ -111,7 +111,7 @@ class OpenAISampler:
         self._server = Server(settings, "sampler")
 
     def encode(self, rows: Sequence[PromptRow]) -> list[EncodedPrompt]:
-        """`encode_prompts` for the shorter of the policy's and the server's context."""
+        """Encode prompts for the shorter of the policy's and the server's context."""
         known = [length for length in (self.context, self.terms.context) if length is not None]
         return encode_prompts(
             rows,
@@ -123,10 +123,10 @@ class OpenAISampler:
     def sample(
         self, prompts: Sequence[EncodedPrompt], progress: Callable[[int], Any] | None = None
     ) -> list[Group]:
-        """See `Sampler.sample`.
+        """Draw n completions of each prompt; see `Sampler.sample`.
 
-        Raises BonbonError, naming a prompt and the reason, when one of its draws cannot be had: it
-        was filtered, refused, or did not come in time. No group is ever smaller than n.
+        Raises BonbonError, naming a prompt and the reason, when one of its draws was filtered,
+        refused, or timed out. No group is ever smaller than n.
         """
         n, together = self.config.n, self.terms.together
         parts = [range(n)[start : start + together] for start in range(0, n, together)]
@@ -140,9 +140,9 @@ class OpenAISampler:
         return [_group(p, [draw for _ in parts for draw in next(answers)]) for p in prompts]
 
     def described(self) -> dict[str, Any]:
-        """See `Sampler.described`.
+        """Describe the sampler for the provenance; see `Sampler.described`.
 
-        `token_ids` are `drawn`, or `retokenised`: from the text, with log-probabilities to be
+        `token_ids` are `drawn`, or `retokenised` from the text, with log-probabilities to be
         computed.
         """
         terms = self.terms
@@ -156,19 +156,19 @@ class OpenAISampler:
         }
 
     def close(self) -> None:
-        """Give up what is being drawn and close the connections."""
+        """Cancel running requests and close the connections."""
         self._server.close()
 
-    # --- what the server is -----------------------------------------------------------------------
+    # --- properties of the server -----------------------------------------------------------------
 
     @cached_property
     def terms(self) -> Terms:
-        """How the server is asked; found out once. Raises BonbonError when it does not say."""
+        """How requests are built; asked of the server once. Raises BonbonError if that fails."""
         offer = self._server.offer()
         model = self.settings.model or _only(offer.models, self.settings.base_url)
         takes_ids = offer.owner in _TAKE_IDS
         gives_ids = takes_ids and self._gives_ids(model)
-        greedy = self.config.top_k == 1  # vLLM refuses to draw the same several times
+        greedy = self.config.top_k == 1  # vLLM refuses n > 1 for greedy draws
         return Terms(
             model=model,
             owner=offer.owner,
@@ -180,13 +180,13 @@ class OpenAISampler:
         )
 
     def _gives_ids(self, model: str) -> bool:
-        """Whether drawn token ids come back, by a draw of one token; older servers do not say."""
+        """Draw one token to see whether token ids are returned; older servers do not say."""
         tokenizer = self.tokenizer
         ids = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None]
         body = {"model": model, "prompt": ids[:1], "max_tokens": 1, "return_token_ids": True}
 
-        def read(found: Any) -> bool:
-            return isinstance(found["choices"][0].get("token_ids"), list)
+        def read(reply: Any) -> bool:
+            return isinstance(reply["choices"][0].get("token_ids"), list)
 
         return self._server.ask_all([Request("a first token", "completions", body, read)])[0]
 
@@ -198,7 +198,7 @@ class OpenAISampler:
     # --- requests ---------------------------------------------------------------------------------
 
     def _request(self, prompt: EncodedPrompt, ks: range) -> Request[list[Draw]]:
-        """The request for draws `ks` of a prompt."""
+        """Build the request for draws `ks` of a prompt."""
         terms = self.terms
         seeds = 2**63 if terms.owner in _LARGE_SEEDS else SEEDS
         seed = (request_seed(self.config.seed, self.stream, prompt.prompt_id) + ks[0]) % seeds
@@ -218,29 +218,29 @@ class OpenAISampler:
         return Request(name, path, body, partial(self._read, prompt, len(ks)))
 
     def _sent_text(self, prompt: EncodedPrompt, text: str) -> str:
-        """The prompt's text, or what is left of one that was cut to fit."""
+        """Return the prompt's text; of a prompt cut to fit, the text of its remaining tokens."""
         if self._encoded(text) == prompt.token_ids:
             return text
         return str(self.tokenizer.decode(list(prompt.token_ids), skip_special_tokens=True))
 
     def _encoded(self, text: str) -> tuple[int, ...]:
-        (found,) = encode_prompts([PromptRow("", text)], self.tokenizer, max_tokens=None)
-        return found.token_ids
+        (encoded,) = encode_prompts([PromptRow("", text)], self.tokenizer, max_tokens=None)
+        return encoded.token_ids
 
     # --- replies ----------------------------------------------------------------------------------
 
-    def _read(self, prompt: EncodedPrompt, count: int, found: Any) -> list[Draw]:
-        choices = sorted(found["choices"], key=lambda choice: choice.get("index", 0))
+    def _read(self, prompt: EncodedPrompt, count: int, reply: Any) -> list[Draw]:
+        choices = sorted(reply["choices"], key=lambda choice: choice.get("index", 0))
         if len(choices) != count:
             raise FaultError(f"{len(choices)} completions of {count}", lasting=bool(choices))
-        usage = plausible_usage(found)
+        usage = plausible_usage(reply)
         if self.terms.takes_ids and usage.prompt_tokens != len(prompt.token_ids):
             raise FaultError(
                 f"the server read {usage.prompt_tokens} tokens of a prompt of "
                 f"{len(prompt.token_ids)}",
                 lasting=True,
             )
-        if not self.terms.gives_ids:  # it was asked for one draw, so the usage is its own
+        if not self.terms.gives_ids:  # one draw was asked for, so the usage is that draw's
             (choice,) = choices
             reason = self._reason(choice, usage.tokens)
             return [self._retokenised(prompt, text_of(choice), reason)]
@@ -254,35 +254,35 @@ class OpenAISampler:
         reason, longest = finish_reason(choice), self.config.max_new_tokens
         if reason == "length" and tokens < longest:
             raise FaultError(
-                f"the server ended a completion at {tokens} tokens, by a limit of its own below "
+                f"the server ended a completion at {tokens} tokens, by its own limit below "
                 f"max_new_tokens = {longest}",
                 lasting=True,
             )
         return reason
 
     def _drawn(self, prompt: EncodedPrompt, choice: Any) -> Draw:
-        """A draw whose token ids came back, the end token among them."""
+        """Make a draw from returned token ids, which include the end token."""
         ids = choice.get("token_ids")
         if not isinstance(ids, list) or not ids or not all(map(is_count, ids)):
-            raise FaultError("its replies have no token ids any more", lasting=True)
+            raise FaultError("its replies no longer have token ids", lasting=True)
         reason = self._reason(choice, len(ids))
         text = completion_text(self.tokenizer, prompt.token_ids, ids)
         if not _letters(text).startswith(_letters(text_of(choice))):
             raise FaultError(
-                "the server's tokenizer is not the model's, as the same tokens are another text",
+                "the server's tokenizer is not the model's: the same tokens give another text",
                 lasting=True,
             )
         logprob = _logprob(choice, len(ids)) if self._keeps_logprobs else math.nan
         return Draw(text, tuple(ids), logprob, reason)
 
     def _retokenised(self, prompt: EncodedPrompt, text: str, reason: str) -> Draw:
-        """A draw whose tokens are made from its text, as they stand behind the prompt."""
+        """Make a draw by tokenising its text after the prompt."""
         ids: tuple[int, ...] | None = None
         if isinstance(prompt.prompt, str):
             whole = self._encoded(prompt.prompt + text)
             if whole[: len(prompt.token_ids)] == prompt.token_ids:
                 ids = whole[len(prompt.token_ids) :]
-        if ids is None:  # the seam has another token, or a template's closing ones come before it
+        if ids is None:  # a token spans the boundary, or a template closes the prompt
             ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         end = self.tokenizer.eos_token_id
         if reason == "stop" and end is not None and ids[-1:] != (end,):
@@ -293,9 +293,9 @@ class OpenAISampler:
 
 
 def server_context(settings: OpenAISamplerConfig) -> int | None:
-    """The most tokens of a prompt and its completion that a server takes; None: it does not say.
+    """Ask a server for its context length in tokens; None if it does not report one.
 
-    Raises BonbonError when it cannot be asked, or has several models and none is named.
+    Raises BonbonError when the request fails, or when it has several models and none is named.
     """
     server = Server(settings, "sampler")
     try:
@@ -324,7 +324,7 @@ def _logprob(choice: Any, tokens: int) -> float:
         )
     if max(logprobs) > _LARGEST_LOGPROB:
         raise FaultError(
-            "its log-probabilities are above 0; vLLM gives logits so, unless --logprobs-mode is "
+            "its log-probabilities are above 0; vLLM returns logits unless --logprobs-mode is "
             "raw_logprobs or processed_logprobs",
             lasting=True,
         )
@@ -332,7 +332,7 @@ def _logprob(choice: Any, tokens: int) -> float:
 
 
 def _letters(text: str) -> str:
-    """What is left of a text however a tokenizer writes blanks, marks and broken characters."""
+    """Return a text's letters and digits, since tokenizers differ in all other characters."""
     return "".join(filter(str.isalnum, text))
 
 

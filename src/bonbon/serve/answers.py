@@ -16,7 +16,7 @@ import numpy as np
 from bonbon.decoding.catalogue import strategy_name
 from bonbon.decoding.strategy import Generation
 from bonbon.groups.group import Prompt
-from bonbon.serve.backend import Answer, BackendError, Choice, Job, TokenLogprob
+from bonbon.serve.backend import Answer, AnswerJob, BackendError, Choice, TokenLogprob
 from bonbon.system.errors import BonbonError, UserCodeError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def out_of_time(message: str = "there was no answer within the request's time") 
     return BackendError(message, 504, "timeout_error", "timeout")
 
 
-def check_reward(job: Job, reward: Reward | None) -> None:
+def check_reward(job: AnswerJob, reward: Reward | None) -> None:
     """Raise BackendError when the job's strategy needs a reward and there is none."""
     if job.strategy.needs_reward and reward is None:
         raise bad_request(
@@ -48,7 +48,7 @@ def check_reward(job: Job, reward: Reward | None) -> None:
         )
 
 
-def stream_id(job: Job, server_secret: str) -> str:
+def stream_id(job: AnswerJob, server_secret: str) -> str:
     """The prompt id that keys a job's random streams; their seed is the same for all jobs.
 
     The same seed and prompt have the same id. A job without a seed has one of its own, which
@@ -118,7 +118,7 @@ class GuardedReward:
 
 
 def answer_of(
-    job: Job,
+    job: AnswerJob,
     generation: Generation,
     prompt_tokens: int,
     logprobs: Callable[[int], tuple[TokenLogprob, ...]] | None,

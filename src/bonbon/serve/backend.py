@@ -12,7 +12,7 @@ from bonbon.sampling.cost import Cost
 
 
 @dataclass(frozen=True)
-class Job:
+class AnswerJob:
     """One request: a prompt, how candidates are drawn, and how one is chosen.
 
     `sampling.n` candidates are drawn and the best `choices` of them returned. `logprobs` is None,
@@ -104,7 +104,7 @@ class Backend(Protocol):
         """The names that a request's `model` may have, the default first."""
         ...
 
-    async def answer(self, job: Job) -> Answer:
+    async def answer(self, job: AnswerJob) -> Answer:
         """Do a job. Cancelling the task cancels the work. Raises BackendError."""
         ...
 

@@ -99,8 +99,8 @@ def _local_backend(settings: ServeSettings, reward: Any) -> Backend:
 
     assert settings.model is not None
     model, tokenizer = load_model(settings.model)
-    found = Path(settings.model.name).expanduser()
+    path = Path(settings.model.name).expanduser()
     name = settings.served_model_name or (
-        found.resolve().name if found.exists() else settings.model.name
+        path.resolve().name if path.exists() else settings.model.name
     )
     return LocalBackend(model, tokenizer, reward, name, settings.sampling.max_batch_tokens)

@@ -17,7 +17,7 @@ from bonbon.serve.backend import BackendError
 T = TypeVar("T")
 
 
-async def read_json(request: Request, most: int, seconds: float) -> Any:
+async def read_json_body(request: Request, most: int, seconds: float) -> Any:
     """A body of at most `most` bytes that comes within `seconds`, as plain values.
 
     Raises BackendError for a body that is longer (of which no more is kept), slower, of another

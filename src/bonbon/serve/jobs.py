@@ -10,7 +10,7 @@ from bonbon.decoding.strategy import Strategy
 from bonbon.groups.group import Prompt
 from bonbon.serve.answers import bad_request
 from bonbon.serve.api.requests import ChatRequest, CompletionRequest, GenerationRequest, Message
-from bonbon.serve.backend import Job
+from bonbon.serve.backend import AnswerJob
 from bonbon.serve.config import ServeConfig
 
 # Below this a softmax in float32 is the most likely token alone, or overflows.
@@ -25,7 +25,7 @@ def jobs_of(
     model: str,
     deadline: float,
     extra: dict[str, Any],
-) -> list[Job]:
+) -> list[AnswerJob]:
     """A job for each of a request's prompts.
 
     Raises BackendError for more than the configuration allows, and for an unknown strategy.
@@ -36,7 +36,7 @@ def jobs_of(
         [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
     )
     return [
-        Job(
+        AnswerJob(
             request_id=name,
             model=model,
             prompt=prompt,
@@ -75,7 +75,7 @@ def sampling_of(request: GenerationRequest, config: ServeConfig) -> SamplingConf
     if max_tokens > config.max_tokens:
         name = "max_tokens" if request.max_tokens else "max_completion_tokens"
         raise bad_request(f"{name} is more than {config.max_tokens}", "invalid_value", name)
-    asked = {
+    requested = {
         "n": n,
         "max_new_tokens": max_tokens,
         "temperature": request.temperature,
@@ -83,7 +83,7 @@ def sampling_of(request: GenerationRequest, config: ServeConfig) -> SamplingConf
         "top_k": request.top_k,
         "seed": request.seed,
     }
-    update: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    update: dict[str, Any] = {name: value for name, value in requested.items() if value is not None}
     if request.temperature is not None and request.temperature < _COLDEST:
         update |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "n": request.choices}
     return config.sampling.model_copy(update=update)
@@ -108,11 +108,11 @@ def _strategy(request: GenerationRequest, config: ServeConfig) -> Strategy:
     if named.get("name") == own["name"]:
         named = own | named
     try:
-        asked = parse_strategy(named)
+        strategy = parse_strategy(named)
     except ValueError as error:
         raise bad_request(str(error), "invalid_value", "strategy") from error
-    for name in sorted(asked.loads & named.keys()):
-        known = (own.get(name), type(asked).model_fields[name].default)
+    for name in sorted(strategy.loads & named.keys()):
+        known = (own.get(name), type(strategy).model_fields[name].default)
         if named[name] not in known:
             raise bad_request(
                 f"{name!r} names code or a model to load, which requests may not; start the server "
@@ -120,7 +120,7 @@ def _strategy(request: GenerationRequest, config: ServeConfig) -> Strategy:
                 "invalid_value",
                 "strategy",
             )
-    return asked
+    return strategy
 
 
 def _logprobs(request: GenerationRequest) -> int | None:
@@ -132,6 +132,6 @@ def _logprobs(request: GenerationRequest) -> int | None:
 
 def _message(message: Message) -> dict[str, str]:
     role = "system" if message.role == "developer" else message.role
-    found = {"role": role, "content": message.text}
+    fields = {"role": role, "content": message.text}
     named = {"name": message.name, "tool_call_id": message.tool_call_id}
-    return found | {key: value for key, value in named.items() if value is not None}
+    return fields | {key: value for key, value in named.items() if value is not None}

@@ -51,14 +51,14 @@ async def _serve(
         backend = backend_factory()
         try:
             await backend.start()
-            server = Server(create_service(config, backend, passthrough))
+            server = GracefulServer(create_service(config, backend, passthrough))
             with _signals(server):
                 await server.serve(sockets=[listener])
         finally:
             await backend.close()
 
 
-class Server(uvicorn.Server):
+class GracefulServer(uvicorn.Server):
     """uvicorn that answers with 503 while it waits for what runs; handles no signals."""
 
     def __init__(self, service: Service) -> None:
@@ -123,7 +123,7 @@ def listening(config: ServeConfig) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def _signals(server: Server) -> Iterator[None]:
+def _signals(server: GracefulServer) -> Iterator[None]:
     """Signals stop the server; only the main thread can be told of them."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -24,9 +24,9 @@ from bonbon.serve.api.requests import (
     parse_request,
 )
 from bonbon.serve.api.streaming import EventStream
-from bonbon.serve.backend import Answer, Backend, BackendError, Job
+from bonbon.serve.backend import Answer, AnswerJob, Backend, BackendError
 from bonbon.serve.config import ServeConfig
-from bonbon.serve.connection import read_json, while_wanted
+from bonbon.serve.connection import read_json_body, while_wanted
 from bonbon.serve.jobs import jobs_of, prompts_of
 from bonbon.serve.metrics import Metrics
 
@@ -61,7 +61,7 @@ class Dialect:
 
     kind: type[GenerationRequest]
     prefix: str
-    write: Callable[[str, Job, Sequence[Answer], bool], dict[str, Any]]
+    write: Callable[[str, AnswerJob, Sequence[Answer], bool], dict[str, Any]]
 
 
 CHAT = Dialect(ChatRequest, "chatcmpl-", chat_completion)
@@ -71,23 +71,23 @@ COMPLETIONS = Dialect(CompletionRequest, "cmpl-", completion)
 async def respond(service: Service, request: Request, dialect: Dialect) -> Response:
     """The response to a request for choices. Raises BackendError."""
     deadline = time.monotonic() + service.config.deadline
-    values = await read_json(request, service.config.max_body_bytes, service.config.deadline)
-    asked, extra = parse_request(dialect.kind, values, service.passthrough)
-    service.admission.check_size(len(prompts_of(asked)))  # before a job is made for each
+    values = await read_json_body(request, service.config.max_body_bytes, service.config.deadline)
+    parsed, extra = parse_request(dialect.kind, values, service.passthrough)
+    service.admission.check_size(len(prompts_of(parsed)))  # before a job is made for each
     request_id = dialect.prefix + request.state.request_id
     async with in_time(deadline):
-        model = await known_model(service, asked.model)
+        model = await known_model(service, parsed.model)
     jobs = jobs_of(
-        asked, service.config, request_id=request_id, model=model, deadline=deadline, extra=extra
+        parsed, service.config, request_id=request_id, model=model, deadline=deadline, extra=extra
     )
 
     async def whole(receive: Receive) -> dict[str, Any]:
         work = answer_all(service, jobs)
         answers = await while_wanted(work, receive, service.aborted)
-        return dialect.write(request_id, jobs[0], answers, asked.return_candidates)
+        return dialect.write(request_id, jobs[0], answers, parsed.return_candidates)
 
-    if asked.stream:
-        return EventStream(whole, asked.include_usage, service.config.keepalive)
+    if parsed.stream:
+        return EventStream(whole, parsed.include_usage, service.config.keepalive)
     return json_response(await whole(request.receive))
 
 
@@ -109,7 +109,7 @@ async def known_model(service: Service, name: str | None) -> str:
     return name
 
 
-async def answer_all(service: Service, jobs: Sequence[Job]) -> list[Answer]:
+async def answer_all(service: Service, jobs: Sequence[AnswerJob]) -> list[Answer]:
     """The answers to all of a request's jobs, or BackendError where one fails or time runs out."""
     with service.admission.tickets(len(jobs)) as tickets:
         try:
@@ -123,7 +123,7 @@ async def answer_all(service: Service, jobs: Sequence[Job]) -> list[Answer]:
         return [task.result() for task in tasks]
 
 
-async def _answer(service: Service, job: Job, ticket: Ticket) -> Answer:
+async def _answer(service: Service, job: AnswerJob, ticket: Ticket) -> Answer:
     await service.admission.turn(ticket)
     try:
         answer = await service.backend.answer(job)

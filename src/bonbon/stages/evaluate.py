@@ -1,4 +1,4 @@
-"""The stage that puts policies side by side: measured, judged, compared, written down."""
+"""The stage that measures, judges and compares policies, and writes the results."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ SCHEMA_VERSION = 2
 def evaluate_policies(
     folder: RunFolder, policies: Sequence[Policy], rows: Sequence[PromptRow]
 ) -> Evaluation:
-    """Draw from, measure and judge policies, the base model first, and put them side by side.
+    """Draw from, measure, judge and compare policies, the base model first.
 
-    Raises BonbonError when a model, a reward, a metric or the judge fails; what was drawn, measured
-    or judged until then is kept.
+    Raises BonbonError when a model, a reward, a metric or the judge fails; draws, measurements and
+    judgements made before are kept.
     """
     measured = _on_common_prompts(measure_policies(folder, policies, rows))
     config = folder.config.evaluation
@@ -83,9 +83,9 @@ def evaluate_policies(
 
 
 def _on_common_prompts(measured: Mapping[str, Measured]) -> dict[str, Measured]:
-    """What was drawn for the prompts that all policies have.
+    """Keep the draws for the prompts that all policies have.
 
-    With `on_long_prompt: skip` a prompt may be too long for one model's tokenizer alone.
+    With `on_long_prompt: skip` a prompt can be too long for only one model's tokenizer.
     """
     ids = [[group.prompt_id for group in it.draws.groups] for it in measured.values()]
     common = set.intersection(*map(set, ids))
@@ -112,8 +112,8 @@ def _models(evaluator: Evaluator, draws: Mapping[str, Draws]) -> Models:
 def _with_length_control(
     evaluator: Evaluator, models: Models, draws: Mapping[str, Draws]
 ) -> Models:
-    every = {_best_of_n(evaluator): evaluator.best_of_n_draws, **draws}
-    controlled = evaluator.length_controlled(every)
+    all_draws = {_best_of_n(evaluator): evaluator.best_of_n_draws, **draws}
+    controlled = evaluator.length_controlled(all_draws)
     return models | {
         name: replace(models[name], length_controlled_win_rate=figure)
         for name, figure in controlled.items()
@@ -121,7 +121,7 @@ def _with_length_control(
 
 
 def _equal_win_rate(models: Models) -> float | None:
-    """The least win rate of the policies that win for sure, if there are two of them."""
+    """Return the least win rate of the policies that win with confidence; None for fewer than 2."""
     gains = [it.win_rate.value for it in models.values() if it.win_rate.low > 0.5 + ROUNDING]
     return min(gains) if len(gains) > 1 else None
 
@@ -130,18 +130,18 @@ def _with_drift_at(
     evaluator: Evaluator, models: Models, draws: Mapping[str, Draws], win_rate: float
 ) -> Models:
     best = _best_of_n(evaluator)
-    found = {best: evaluator.best_of_n_drift_at(win_rate)} | {
+    drifts = {best: evaluator.best_of_n_drift_at(win_rate)} | {
         name: evaluator.drift_at(it, win_rate) for name, it in draws.items()
     }
     return models | {
-        name: replace(models[name], drift_at_equal_win_rate=drift) for name, drift in found.items()
+        name: replace(models[name], drift_at_equal_win_rate=drift) for name, drift in drifts.items()
     }
 
 
 def _with_texts(
     model: ModelEvaluation, measured: Mapping[str, Measured], name: str
 ) -> ModelEvaluation:
-    """With the human text's and the tasks' figures, where they were asked for."""
+    """Add the figures of human text and tasks, where they were asked for."""
     if name not in measured:
         return model
     base, own = measured[BASE], measured[name]
@@ -164,7 +164,7 @@ def _human_text(before: TextLosses | None, after: TextLosses | None) -> HumanTex
 def _task_rows(
     before: Sequence[dict[str, Any]] | None, after: Sequence[dict[str, Any]] | None
 ) -> list[dict[str, Any]] | None:
-    """The results as plain values, each with its change over the base model's."""
+    """Return the results as plain values, each with its change from the base model's."""
     if before is None or after is None:
         return None
     from bonbon.evaluation.lm_eval import TaskResult, task_changes
@@ -194,10 +194,10 @@ def _with_judge(
     models: Models,
     draws: Mapping[str, Draws],
 ) -> Models:
-    every = {_best_of_n(evaluator): evaluator.best_of_n_draws, **draws}
+    all_draws = {_best_of_n(evaluator): evaluator.best_of_n_draws, **draws}
     pairs = min(judge.pairs, evaluator.k)
     judged = {}
-    for name, it in every.items():
+    for name, it in all_draws.items():
         comparisons = [
             Comparison(base.prompt_id, base.prompt, draw, text, base.completions[draw])
             for base, group in zip(evaluator.base, it.groups, strict=True)
@@ -231,14 +231,14 @@ def _judged(
     )
 
 
-# --- writing it down ------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def write_evaluation(folder: RunFolder, evaluation: Evaluation, about: Mapping[str, Any]) -> None:
-    """Write `evaluation/evaluation.json` and the plot beside it.
+    """Write `evaluation/evaluation.json` and its plot.
 
-    `about` has what a run or a comparison alone knows: `main`, the model that a run is about, how
-    many prompts were trained on, a comparison's policies as they were asked for. `config.yaml` is
+    `about` has the values specific to a run or a comparison: `main`, the main model of a run, how
+    many prompts were trained on, a comparison's policies as the user wrote them. `config.yaml` is
     written again: rewards and metrics may have been added since the draws.
     """
     from bonbon.report.paper_plots import plot_win_rate_against_kl
@@ -254,8 +254,8 @@ def write_evaluation(folder: RunFolder, evaluation: Evaluation, about: Mapping[s
             "schema_version": SCHEMA_VERSION,
             "base_model": config.model.name,
             "reward": described(config.reward),
-            # With top-k or top-p the supports differ and the KL of the cut distributions can be
-            # infinite, so it is that of the models at the sampling temperature.
+            # With top-k or top-p the KL of the truncated distributions can be infinite, so it is
+            # that of the models at the sampling temperature.
             "kl_of": "models at the temperature" if config.sampling.truncates else "sampled policy",
             **about,
             **evaluation.to_json(),
@@ -268,7 +268,7 @@ def write_evaluation(folder: RunFolder, evaluation: Evaluation, about: Mapping[s
 
 
 def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
-    """Tokens drawn and seconds spent; None where a stage did not note them."""
+    """Sum the tokens drawn and seconds spent; None where a stage did not record them."""
     parts = folder.rounds()
     endings = ("", "-samples", "-forward")
     places = [folder.evaluation / f"{name}{ending}" for name in policies for ending in endings]
@@ -297,7 +297,7 @@ def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
 
 
 def _models_of(name: str, parts: Sequence[RunFolder]) -> list[Path]:
-    """Where a model of that name lies in each of the rounds that trained it."""
+    """Return the folders of the model of that name, in the rounds that trained it."""
     return [part.model(name) for part in parts if part.model(name).is_dir()]
 
 

@@ -104,15 +104,15 @@ def _settings(config: GenerateConfig, prompts: Path) -> dict[str, Any]:
 
 def _loaded(strategy: Strategy) -> dict[str, str | None]:
     """Digests of the code and the models that a strategy's settings name."""
-    found: dict[str, str | None] = {}
+    digests: dict[str, str | None] = {}
     for name in sorted(strategy.loads):
         value = getattr(strategy, name)
         value = getattr(value, "implicit", value)
         if isinstance(value, str) and re.fullmatch(FUNCTION_NAME, value):
-            found[name] = function_digest(import_function(value, name))
+            digests[name] = function_digest(import_function(value, name))
         elif isinstance(value, str) and Path(value).expanduser().is_dir():
-            found[name] = weights_digest(Path(value).expanduser())
-    return found
+            digests[name] = weights_digest(Path(value).expanduser())
+    return digests
 
 
 def _write(

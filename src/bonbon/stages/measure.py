@@ -1,9 +1,9 @@
-"""Drawing from policies on held-out prompts, and measuring what was drawn.
+"""Draws of policies on held-out prompts, and their measurements.
 
-A policy's draws lie in `evaluation/NAME-samples/` and never change. The measured groups in
-`evaluation/NAME/` hold what was computed of them, a column each: rewards, metrics, KLs. Each shard
-notes the settings of its columns, and a column that is missing or was computed with other settings
-is computed from the draws, so a new metric or reward needs no new sampling.
+A policy's draws are in `evaluation/NAME-samples/` and never change. The groups in
+`evaluation/NAME/` add the measured columns: rewards, metrics, KLs. Each shard records the settings
+of its columns. A column that is missing, or was computed with other settings, is computed from the
+draws, so a new metric or reward needs no new sampling.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Loader = Callable[[], tuple[PreTrainedModel, Tokenizer]]
 
 @dataclass(frozen=True)
 class Policy:
-    """A model, how it is sampled, and how many draws it keeps the best of."""
+    """A model, its sampling settings, and the number of draws of which it keeps the best."""
 
     name: str
     model: ModelConfig
@@ -68,8 +68,8 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Column:
-    """One thing to compute of groups; `settings` are plain values that say when it is the same."""
+class MeasuredColumn:
+    """A measured column of groups, computed again when its `settings` (plain values) change."""
 
     settings: Mapping[str, Any]
     compute: Callable[[list[Group]], list[Group]]
@@ -77,7 +77,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was drawn and measured of a policy; None where it was not asked for."""
+    """A policy's draws and measurements; None for those that were not asked for."""
 
     draws: Draws
     losses: TextLosses | None
@@ -87,9 +87,9 @@ class Measured:
 def measure_policies(
     folder: RunFolder, policies: Sequence[Policy], rows: Sequence[PromptRow]
 ) -> dict[str, Measured]:
-    """Draw from and measure policies, the base model first; its model stays loaded for the KLs.
+    """Draw from and measure policies, the base model first; it stays loaded for the KLs.
 
-    Goes on where it was stopped, and loads a model only for what is still missing. Raises
+    Resumes after a stop, and loads a model only if draws or measurements are missing. Raises
     BonbonError when a model, a reward or a metric fails.
     """
     if _has_engines(folder.config):
@@ -99,7 +99,7 @@ def measure_policies(
 
 
 def _has_engines(config: RunConfig) -> bool:
-    """Whether drawing or scoring starts an engine that wants an accelerator for itself."""
+    """Return whether sampling or scoring starts an engine that needs the accelerator for itself."""
     rewards = [config.reward, *config.evaluation.rewards.values()]
     return _sampler(config).name != "transformers" or any(map(_has_engine, rewards))
 
@@ -111,7 +111,7 @@ def _has_engine(reward: RewardConfig) -> bool:
 def _measure_by_engines(
     folder: RunFolder, policies: Sequence[Policy], rows: Sequence[PromptRow]
 ) -> None:
-    """Draw and score all there is before a model is loaded beside an engine."""
+    """Draw and score for every policy before any model is loaded beside an engine."""
     for policy in policies:
         _draw(folder, policy, partial(load_model, policy.model), rows)
     with ExitStack() as stack:
@@ -124,21 +124,21 @@ def _measure_in_turn(
     folder: RunFolder,
     policies: Sequence[Policy],
     rows: Sequence[PromptRow],
-    rewards: Mapping[str, Column],
+    rewards: Mapping[str, MeasuredColumn],
 ) -> dict[str, Measured]:
     load_base = cache(partial(load_model, policies[0].model))
     loaders = {policies[0].model: load_base}
-    found = {}
+    measured = {}
     for policy in policies:
-        if policy.model not in loaders:  # the model before this one is let go
+        if policy.model not in loaders:  # the previous model is released
             loaders = {
                 policies[0].model: load_base,
                 policy.model: cache(partial(load_model, policy.model)),
             }
-        found[policy.name] = _measured(
+        measured[policy.name] = _measured(
             folder, policy, loaders[policy.model], load_base, rows, rewards
         )
-    return found
+    return measured
 
 
 def _measured(
@@ -147,7 +147,7 @@ def _measured(
     load: Loader,
     load_base: Loader,
     rows: Sequence[PromptRow],
-    rewards: Mapping[str, Column],
+    rewards: Mapping[str, MeasuredColumn],
 ) -> Measured:
     _draw(folder, policy, load, rows)
     if policy.name == BASE:
@@ -155,7 +155,7 @@ def _measured(
     else:
         kl = _kl_column(folder.config, policy, load, load_base)
         _measure(folder, policy.name, {**rewards, "kl": kl})
-    if policy.best_of > 1:  # what it is the best of is measured by itself, if anyone asks
+    if policy.best_of > 1:  # human text and tasks are measured for its model alone
         return Measured(_draws(folder, policy), None, None)
     if policy.name != BASE:
         _measure_forward(folder, policy, load, load_base)
@@ -170,7 +170,7 @@ def _measured(
 
 
 def drawn_folder(folder: RunFolder, name: str) -> Path:
-    """Where a policy's draws lie."""
+    """Return the folder of a policy's draws."""
     return folder.evaluation / f"{name}-samples"
 
 
@@ -184,7 +184,7 @@ def _draw(folder: RunFolder, policy: Policy, load: Loader, rows: Sequence[Prompt
     draws = k + config.target_n if policy.name == BASE else k + policy.best_of - 1
     settings = policy.sampling.model_copy(update={"n": draws, "seed": config.evaluation.seed})
     prompts = folder.evaluation / f"{policy.name}-prompts"
-    # A stream of its own for each model: draws that share their random numbers would be correlated.
+    # Each model has its own stream: draws with the same random numbers would be correlated.
     stream = policy.name
     with opened_sampler(_sampler(config), policy.model, settings, stream, load) as sampler:
         write_prompts(sampler.encode(rows), prompts, settings.shard_size)
@@ -195,14 +195,14 @@ def _draw(folder: RunFolder, policy: Policy, load: Loader, rows: Sequence[Prompt
 
 
 def _sampler(config: RunConfig) -> SamplerConfig:
-    """What draws for the evaluation: as the run does, but no server has the trained models."""
+    """Return the run's sampler, or the local one: no server has the trained models."""
     return TransformersSamplerConfig() if config.sampler.name == "openai" else config.sampler
 
 
-def _rewards(config: RunConfig, stack: ExitStack) -> dict[str, Column]:
-    """The columns that every policy's groups get: the reward, further rewards, the user's metrics.
+def _rewards(config: RunConfig, stack: ExitStack) -> dict[str, MeasuredColumn]:
+    """Return the columns of every policy: the reward, further rewards, the user's metrics.
 
-    Rewards are loaded when one is first needed, and let go of with the stack.
+    Rewards are loaded at first use, and closed with the stack.
     """
 
     def opened(reward: RewardConfig) -> Reward:
@@ -215,26 +215,30 @@ def _rewards(config: RunConfig, stack: ExitStack) -> dict[str, Column]:
     evaluation = config.evaluation
     metrics = {name: RewardConfig(function=it) for name, it in evaluation.metrics.items()}
     return {
-        name: Column(reward_identity(reward), partial(scored, cache(partial(opened, reward)), name))
+        name: MeasuredColumn(
+            reward_identity(reward), partial(scored, cache(partial(opened, reward)), name)
+        )
         for name, reward in {"": config.reward, **evaluation.rewards, **metrics}.items()
     }
 
 
-def _kl_column(config: RunConfig, policy: Policy, load: Loader, load_base: Loader) -> Column:
+def _kl_column(
+    config: RunConfig, policy: Policy, load: Loader, load_base: Loader
+) -> MeasuredColumn:
     own, base = _kl_sampling(config, policy)
 
     def measured(groups: list[Group]) -> list[Group]:
         return _with_kls(groups, config, (load, own), (load_base, base))
 
     settings = {"policy": own.model_dump(mode="json"), "base": base.model_dump(mode="json")}
-    return Column(settings, measured)
+    return MeasuredColumn(settings, measured)
 
 
 def _kl_sampling(config: RunConfig, policy: Policy) -> tuple[SamplingConfig, SamplingConfig]:
-    """The settings under which the KL of policy and base is taken.
+    """Return the sampling settings of policy and base that define the KL.
 
-    With top-k or top-p on the base the supports differ and the KL of the cut distributions can be
-    infinite, so it is that of the models at their temperatures, along what the cut policy drew.
+    With top-k or top-p on the base, the KL of the truncated distributions can be infinite. Then the
+    KL is that of the models at their temperatures, along draws of the truncated policy.
     """
     keys = {"temperature"} if config.sampling.truncates else {"temperature", "top_p", "top_k"}
     own, base = policy.sampling, config.sampling
@@ -249,7 +253,7 @@ def _with_kls(
     drawn_from: tuple[Loader, SamplingConfig],
     other: tuple[Loader, SamplingConfig],
 ) -> list[Group]:
-    """The groups with KLs from the policy that drew them; unchanged for another vocabulary."""
+    """Add the KLs from the policy that drew the groups; nothing if the vocabularies differ."""
     (model, tokenizer), (reference, reference_tokenizer) = drawn_from[0](), other[0]()
     drawn = (token for group in groups for ids in group.token_ids for token in ids)
     largest = max(drawn, default=0)
@@ -265,19 +269,19 @@ def _with_kls(
         base_sampling=other[1],
         max_batch_tokens=config.evaluation.max_batch_tokens,
     )
-    # Of models whose cut policies drew, the terms of drawn tokens estimate something else.
+    # On draws of truncated policies, estimates from the drawn tokens alone are biased.
     names = ["rao_blackwellised"] if config.sampling.truncates else list(KL_METRICS)
-    found = list(groups)
+    with_kls = list(groups)
     for estimate, name in ((name, KL_METRICS[name]) for name in names):
-        found = [
+        with_kls = [
             group.with_metric(name, getattr(kl, estimate))
-            for group, kl in zip(found, kls, strict=True)
+            for group, kl in zip(with_kls, kls, strict=True)
         ]
-    return found
+    return with_kls
 
 
-def _measure(folder: RunFolder, name: str, columns: Mapping[str, Column]) -> None:
-    """Compute what the shards of `evaluation/NAME/` lack of the columns."""
+def _measure(folder: RunFolder, name: str, columns: Mapping[str, MeasuredColumn]) -> None:
+    """Compute the columns that the shards of `evaluation/NAME/` lack."""
     source, target = drawn_folder(folder, name), folder.evaluation / name
     todo = {
         index: missing
@@ -306,20 +310,20 @@ def _measure(folder: RunFolder, name: str, columns: Mapping[str, Column]) -> Non
             bar.advance(len(groups))
 
 
-def _with_only(group: Group, columns: Mapping[str, Column]) -> Group:
-    """The group without metrics that are no longer asked for."""
+def _with_only(group: Group, columns: Mapping[str, MeasuredColumn]) -> Group:
+    """Drop metrics that are no longer asked for."""
     wanted = {*columns, *KL_METRICS.values()}
     kept = {name: values for name, values in group.metrics.items() if name in wanted}
     return replace(group, metrics=kept)
 
 
-def _missing(path: Path, columns: Mapping[str, Column]) -> list[str]:
+def _missing(path: Path, columns: Mapping[str, MeasuredColumn]) -> list[str]:
     known = shard_provenance(path).get("columns", {}) if path.exists() else {}
     return [name for name, column in columns.items() if known.get(name) != column.settings]
 
 
 def _measure_forward(folder: RunFolder, policy: Policy, load: Loader, load_base: Loader) -> None:
-    """KL(base ‖ policy) along the base's first k completions, into `evaluation/NAME-forward/`."""
+    """Measure KL(base ‖ policy) along the base's first k draws, into `evaluation/NAME-forward/`."""
     config = folder.config
     own, base = _kl_sampling(config, policy)
 
@@ -356,8 +360,8 @@ def _text_losses(folder: RunFolder, name: str, load: Loader) -> TextLosses | Non
         losses = human_text_losses(*load(), texts, folder.config.evaluation.max_batch_tokens)
         return {name: values.tolist() for name, values in vars(losses).items()}
 
-    found = _kept(folder.evaluation / f"{name}-human-text.json", settings, measured)
-    return TextLosses(**{key: np.array(values) for key, values in found.items()})
+    losses = _kept(folder.evaluation / f"{name}-human-text.json", settings, measured)
+    return TextLosses(**{key: np.array(values) for key, values in losses.items()})
 
 
 def _tasks(folder: RunFolder, name: str, load: Loader) -> list[dict[str, Any]] | None:
@@ -378,7 +382,7 @@ def _tasks(folder: RunFolder, name: str, load: Loader) -> list[dict[str, Any]] |
 
 
 def _kept(path: Path, settings: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-    """What `path` holds if it was measured with these settings, else measured now and kept."""
+    """Return the values kept in `path` for these settings; otherwise measure and keep them."""
     record = read_json(path) if path.exists() else {}
     if record.get("settings") != settings:
         record = {"settings": settings, "found": measure()}

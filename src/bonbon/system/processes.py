@@ -52,9 +52,9 @@ def from_main_process(call: Callable[[], T]) -> T:
     """
     if process_count() == 1:
         return call()
-    told = [call() if is_main_process() else None]
-    _join().broadcast_object_list(told, src=0)
-    return told[0]  # type: ignore[return-value]
+    values = [call() if is_main_process() else None]
+    _join().broadcast_object_list(values, src=0)
+    return values[0]  # type: ignore[return-value]
 
 
 def from_machine(call: Callable[[], T]) -> T:
@@ -65,9 +65,9 @@ def from_machine(call: Callable[[], T]) -> T:
     if process_count() == 1:
         return call()
     first = _number("LOCAL_RANK", 0) == 0
-    told: list[Any] = [None] * process_count()
-    _join().all_gather_object(told, (_machine(), call()) if first else None)
-    return dict(filter(None, told))[_machine()]
+    values: list[Any] = [None] * process_count()
+    _join().all_gather_object(values, (_machine(), call()) if first else None)
+    return dict(filter(None, values))[_machine()]
 
 
 def let_the_main_process_speak() -> None:

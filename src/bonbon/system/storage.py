@@ -44,15 +44,15 @@ def storage_path(place: str | Path) -> Path:
     """
     if not isinstance(place, str) and is_remote(place):
         return place
-    found = re.match(r"([a-z][a-z0-9+.-]*)://([^/]*@)?", str(place), re.IGNORECASE)
-    if not isinstance(place, str) or found is None:
+    match = re.match(r"([a-z][a-z0-9+.-]*)://([^/]*@)?", str(place), re.IGNORECASE)
+    if not isinstance(place, str) or match is None:
         return Path(place).expanduser()
-    if found[2]:  # not shown: it may hold a password
+    if match[2]:  # not shown: it may hold a password
         raise BonbonError(
             "storage has a user name or a key in its address; leave it out, and set the keys as "
             "the store's library documents"
         )
-    scheme = found[1].lower()
+    scheme = match[1].lower()
     place = scheme + place[len(scheme) :]
     try:
         from upath import UPath
@@ -131,12 +131,12 @@ def remove_folder(folder: Path) -> None:
 
 def cannot_write(path: Path, error: OSError) -> BonbonError:
     """The sentence for a local file that could not be written."""
-    said = os.strerror(error.errno) if error.errno else str(error)  # pyarrow has its own words
+    reason = os.strerror(error.errno) if error.errno else str(error)  # pyarrow has its own words
     if error.errno in _FULL:
         way_out = "make room; what is finished stays, and the same command goes on"
     else:
         way_out = "choose a folder that can be written"
-    return BonbonError(f"cannot write {path}: {said}; {way_out}")
+    return BonbonError(f"cannot write {path}: {reason}; {way_out}")
 
 
 @contextmanager
@@ -154,12 +154,12 @@ def reached(path: Path, doing: str) -> Iterator[None]:
         if not is_remote(path):
             raise
         raise BonbonError(
-            f"cannot {doing} {path}: {_said(error)}; what is finished stays, and the same command "
-            "goes on once that is put right"
+            f"cannot {doing} {path}: {_store_message(error)}; what is finished stays, and the same "
+            "command goes on once that is put right"
         ) from error
 
 
-def _said(error: Exception) -> str:
+def _store_message(error: Exception) -> str:
     """What a store's library says, in the user's terms where its own are not."""
     name = type(error).__name__
     if "Credential" in name or "TokenRetrieval" in name:

@@ -28,11 +28,11 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # an import runs the user's code: anything may come out of it
-        raise BonbonError(f"{what} {name!r} cannot be imported: {said(error)}") from error
+        raise BonbonError(f"{what} {name!r} cannot be imported: {error_text(error)}") from error
     if not callable(function):
         raise BonbonError(f"{what} {name!r} is not a function")
-    found: Callable[..., Any] = function
-    return found
+    imported: Callable[..., Any] = function
+    return imported
 
 
 def function_digest(function: Callable[..., Any]) -> str | None:
@@ -44,6 +44,6 @@ def function_digest(function: Callable[..., Any]) -> str | None:
     return file_digest(Path(file)) if file else None
 
 
-def said(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """What went wrong in code that is not ours: the exception's kind and its message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

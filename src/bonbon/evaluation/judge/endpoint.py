@@ -17,7 +17,7 @@ from bonbon.remote.endpoints import (
     is_passing,
     message_text,
     retry_after_seconds,
-    said,
+    server_message,
 )
 from bonbon.system.errors import BonbonError
 
@@ -81,7 +81,7 @@ def ask(judge: Judge, body: bytes, prompt_id: str) -> tuple[str, bool]:
     except httpx.RequestError as error:
         raise NoReplyError(f"{type(error).__name__}: {error}".removesuffix(": ")) from error
     if is_passing(status):
-        raise NoReplyError(f"status {status}: {said(content, judge.secret)}", retry_after)
+        raise NoReplyError(f"status {status}: {server_message(content, judge.secret)}", retry_after)
     if status >= 300:
         raise _refusal(judge, status, content, prompt_id)
     try:
@@ -90,7 +90,7 @@ def ask(judge: Judge, body: bytes, prompt_id: str) -> tuple[str, bool]:
         return message_text(choice["message"].get("content")), is_whole
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise NoReplyError(
-            f"status {status} without a reply: {said(content, judge.secret)}"
+            f"status {status} without a reply: {server_message(content, judge.secret)}"
         ) from error
 
 
@@ -124,5 +124,5 @@ def _refusal(judge: Judge, status: int, content: bytes, prompt_id: str) -> Bonbo
     kind = RefusedError if status in _OF_ONE_REQUEST else BonbonError
     return kind(
         f"the judge at {url_of(judge.config)} refuses with status {status} "
-        f"({said(content, judge.secret)}); {hint}"
+        f"({server_message(content, judge.secret)}); {hint}"
     )

@@ -1,7 +1,7 @@
-"""Planning a cluster: how many GPUs sample and how many score, for how many hours and what money.
+"""Plans of a cluster: how many GPUs sample and how many score, the hours and the cost.
 
-`settings` is the file that is read, `estimates` the arithmetic on paper, `work` the seconds of each
-shard, `line` the simulation, `splits` the choice, `shown` its words and tables. Loads no torch.
+`settings` reads the YAML file, `estimates` holds the arithmetic, `work` gives the seconds of each
+shard, `line` is the simulation, `splits` chooses, `shown` prints. Loads no torch.
 """
 
 from bonbon.planning.cluster.config import ClusterConfig, load_cluster

@@ -1,6 +1,6 @@
-"""What `bonbon plan --cluster` reads: the job, the machines, the speed of samplers and scorers.
+"""The file of `bonbon plan --cluster`: the job, the machines, the speed of samplers and scorers.
 
-Speeds are stated (measured, best of all), or estimated from descriptions of GPU and model.
+Speeds are stated (best: measured), or estimated from descriptions of GPU and model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LengthsConfig(Settings):
 
 
 class JobConfig(Settings):
-    """What is to be drawn and scored."""
+    """The completions to draw and score."""
 
     prompts: int = Field(ge=1)
     n: int | None = Field(None, ge=1, description="completions a prompt; None: by the pilot")
@@ -87,7 +87,7 @@ class ScorersConfig(Settings):
 
 
 class TrainingConfig(Settings):
-    """The training that follows, for the estimates alone."""
+    """The training that follows; used only for its estimates."""
 
     gpus: int = Field(ge=1)
     method: Method = "full"
@@ -99,7 +99,7 @@ class TrainingConfig(Settings):
 
 
 class ClusterConfig(Settings):
-    """What `bonbon plan --cluster` reads."""
+    """The contents of the file that `bonbon plan --cluster` reads."""
 
     job: JobConfig
     cluster: NodesConfig
@@ -128,13 +128,13 @@ class ClusterConfig(Settings):
         if not measured and not (self.gpu and self.model):
             raise ValueError(
                 "sampler: state decode_tokens_per_second and prefill_tokens_per_second, or "
-                "describe gpu and model, by which they are estimated"
+                "describe gpu and model, from which they are estimated"
             )
         stated = scorer.tokens_per_second or scorer.completions_per_second
         if not stated and not (self.gpu and self.reward_model and scorer.gpus):
             raise ValueError(
                 "scorer: state tokens_per_second or completions_per_second, or describe gpu and "
-                "reward_model, by which they are estimated for scorers with GPUs"
+                "reward_model, from which they are estimated for scorers with GPUs"
             )
         if self.train and not (self.gpu and self.model):
             raise ValueError("train: the training's estimates need gpu and model")

@@ -1,8 +1,8 @@
-"""Arithmetic on paper for models on accelerators: memory, tokens a second, FLOPs.
+"""Estimates for models on accelerators: memory, tokens a second, FLOPs.
 
-Pure functions of a model's shape and an accelerator's peaks. They are estimates: each stands on a
-*utilisation*, the fraction of a peak that is reached, which the caller states and a measurement
-replaces. Sizes are bytes (1 GB = 10^9), times are seconds, FLOPs count a multiplication and an
+Pure functions of a model's shape and an accelerator's peaks. Each estimate depends on a
+*utilisation*, the fraction of a peak that is reached. The caller states it; a measurement is
+better. Sizes are bytes (1 GB = 10^9), times are seconds, FLOPs count a multiplication and an
 addition as two. Attention's own FLOPs and the network between GPUs are left out. Loads no torch.
 """
 
@@ -19,8 +19,8 @@ from bonbon.config.settings import Settings
 Method = Literal["full", "lora", "qlora"]
 
 BF16 = 2.0  # bytes a number
-# Four bits, an 8-bit scale for each block of 64 weights, and a float32 one for each 256 of these
-# (bitsandbytes with double quantisation): bytes a weight.
+# Bytes a weight: four bits, an 8-bit scale for each block of 64 weights, and a float32 scale for
+# each 256 of these (bitsandbytes with double quantisation).
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 FP32 = 4.0
 # A float32 weight and its gradient, and AdamW's two moments.
@@ -41,7 +41,7 @@ class ModelShape(Settings):
 
 
 class Accelerator(Settings):
-    """A GPU's peaks, as its maker states them."""
+    """A GPU's peaks, as its vendor states them."""
 
     memory_gb: float = Field(gt=0)
     bandwidth_gb_per_second: float = Field(gt=0, description="of its memory")
@@ -50,17 +50,17 @@ class Accelerator(Settings):
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """A decoding step of b rows takes fixed + b · per_row seconds, and gives b tokens."""
+    """The speed of decoding: a step of b rows takes fixed + b · per_row seconds for b tokens."""
 
     fixed: float
     per_row: float
 
     def step_seconds(self, rows: int) -> float:
-        """Seconds of a step of `rows` rows."""
+        """Return the seconds of a step of `rows` rows."""
         return self.fixed + rows * self.per_row
 
     def tokens_per_second(self, rows: int) -> float:
-        """Tokens a second while `rows` rows are decoded together."""
+        """Return the tokens a second while `rows` rows are decoded together."""
         return rows / self.step_seconds(rows)
 
 
@@ -68,7 +68,7 @@ class DecodeSpeed:
 
 
 def _linear_sizes(shape: ModelShape) -> list[tuple[int, int]]:
-    """(in, out) of each linear layer of one block: q, k, v, o, gate, up, down."""
+    """Return (in, out) of each linear layer of one block: q, k, v, o, gate, up, down."""
     wide = shape.num_attention_heads * shape.head_dim
     narrow = shape.num_key_value_heads * shape.head_dim
     hidden, inner = shape.hidden_size, shape.intermediate_size
@@ -77,24 +77,24 @@ def _linear_sizes(shape: ModelShape) -> list[tuple[int, int]]:
 
 
 def parameter_count(shape: ModelShape) -> int:
-    """All weights: embeddings, output head, blocks and their two norms, the last norm."""
+    """Count all weights: embeddings, output head, blocks and their two norms, the last norm."""
     block = sum(a * b for a, b in _linear_sizes(shape)) + 2 * shape.hidden_size
     embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     return embeddings + shape.num_hidden_layers * block + shape.hidden_size
 
 
 def lora_parameter_count(shape: ModelShape, r: int) -> int:
-    """Weights of a rank-r adapter on every linear layer but the output head (`all-linear`)."""
+    """Count the weights of a rank-r adapter on all linear layers but the head (`all-linear`)."""
     return shape.num_hidden_layers * sum(r * (a + b) for a, b in _linear_sizes(shape))
 
 
 def weight_bytes(shape: ModelShape, bytes_per_weight: float = BF16) -> float:
-    """Bytes of all weights."""
+    """Return the bytes of all weights."""
     return parameter_count(shape) * bytes_per_weight
 
 
 def kv_bytes_per_token(shape: ModelShape, bytes_per_number: float = BF16) -> float:
-    """Bytes of the keys and values of one token: 2 · layers · kv heads · head dim · bytes."""
+    """Return the bytes of one token's keys and values: 2 · layers · kv heads · head dim · bytes."""
     heads = shape.num_key_value_heads * shape.head_dim
     return 2 * shape.num_hidden_layers * heads * bytes_per_number
 
@@ -106,10 +106,10 @@ def rows_that_fit(
     tokens: float,
     share: float = 0.9,
 ) -> int:
-    """Rows of `tokens` tokens whose KV cache fits beside bfloat16 weights in `share` of the memory.
+    """Return how many rows of `tokens` tokens fit: their KV cache and the bfloat16 weights.
 
-    Prompts are counted in every row; vLLM keeps a prompt that rows share only once. Below 1 where
-    the weights alone do not fit.
+    `share` is the share of the memory that they may take. Prompts are counted in every row; vLLM
+    keeps a prompt that rows share only once. Below 1 where the weights alone do not fit.
     """
     free = gpus * gpu.memory_gb * 1e9 * share - weight_bytes(shape)
     return math.floor(free / (kv_bytes_per_token(shape) * tokens))
@@ -126,12 +126,12 @@ def decode_speed(
     context: float,
     utilisation: float = 1.0,
 ) -> DecodeSpeed:
-    """How fast one copy of the model on `gpus` GPUs decodes.
+    """Estimate how fast one copy of the model on `gpus` GPUs decodes.
 
     A step reads all weights once for all rows, and each row's keys and values of `context` tokens
-    (the mean over its steps). The matrix products take as long as the slower of reading the weights
-    and of 2 · parameters · rows FLOPs. `utilisation`, of bandwidth and FLOPs, at 1 gives the floor
-    that no engine passes without quantisation or speculation.
+    (the mean over its steps). The matrix products take the longer of two times: that of reading the
+    weights, and that of 2 · parameters · rows FLOPs. `utilisation` is of bandwidth and FLOPs; 1
+    gives the least time of any engine without quantisation or speculation.
     """
     bandwidth = gpus * gpu.bandwidth_gb_per_second * 1e9 * utilisation
     flops = gpus * gpu.tflops * 1e12 * utilisation
@@ -140,14 +140,14 @@ def decode_speed(
 
 
 def forward_flops(shape: ModelShape, tokens: float) -> float:
-    """FLOPs of a forward pass: 2 · parameters a token."""
+    """Return the FLOPs of a forward pass: 2 · parameters a token."""
     return 2.0 * parameter_count(shape) * tokens
 
 
 def forward_tokens_per_second(
     shape: ModelShape, gpu: Accelerator, gpus: float, utilisation: float
 ) -> float:
-    """Tokens a second of prefill, of a reward model, or of log-probabilities."""
+    """Return the tokens a second of forward passes: prefill, rewards or log-probabilities."""
     return gpus * gpu.tflops * 1e12 * utilisation / forward_flops(shape, 1)
 
 
@@ -157,7 +157,7 @@ def forward_tokens_per_second(
 def training_flops(
     shape: ModelShape, tokens: float, method: Method = "full", checkpointing: bool = True
 ) -> float:
-    """FLOPs of forward and backward passes.
+    """Return the FLOPs of forward and backward passes.
 
     2 · parameters a token forward, 2 for the gradients of activations, 2 for those of weights
     (an adapter's are left out), and 2 for the second forward pass of gradient checkpointing.
@@ -167,7 +167,7 @@ def training_flops(
 
 
 def training_state_bytes(shape: ModelShape, method: Method = "full", r: int = 16) -> float:
-    """Bytes of weights, gradients and AdamW's moments, over all GPUs that share them.
+    """Return the bytes of weights, gradients and AdamW's moments, over all GPUs together.
 
     full: 16 bytes a weight, all float32. lora: bfloat16 weights (`train.dtype`), and 16 bytes for
     each of the adapter's. qlora: nf4 weights, float32 embeddings, head and norms (as peft prepares
@@ -183,13 +183,13 @@ def training_state_bytes(shape: ModelShape, method: Method = "full", r: int = 16
 
 
 def checkpoint_bytes(shape: ModelShape, tokens: float) -> float:
-    """Bytes of what gradient checkpointing keeps of a pass: each block's bfloat16 input.
+    """Return the bytes that gradient checkpointing keeps of a pass: each block's bfloat16 input.
 
-    Recomputing one block, gathering its weights, and 64 MiB chunks of logits come on top.
+    Recomputing one block, gathering its weights, and 64 MiB chunks of logits need more memory.
     """
     return BF16 * shape.num_hidden_layers * shape.hidden_size * tokens
 
 
 def hours_at(flops: float, gpu: Accelerator, gpus: float, utilisation: float) -> float:
-    """Hours of `flops` on `gpus` GPUs at a fraction of their peak."""
+    """Return the hours of `flops` on `gpus` GPUs at a fraction of their peak."""
     return flops / (gpus * gpu.tflops * 1e12 * utilisation) / 3600

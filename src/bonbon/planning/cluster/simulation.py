@@ -1,12 +1,12 @@
-"""The pipeline as a line of two stages, played event by event.
+"""A discrete-event simulation of the pipeline as a line of two stages.
 
-A sampler takes a shard of prompts, draws its completions and hands it on; a scorer takes it from
-there. A bounded number of shards waits between them; a sampler that finds no place keeps its shard
-and draws nothing until there is one. Reading and writing take no time, and the pools have their
-full size from the start.
+A sampler takes a shard of prompts and draws its completions; a scorer scores it. A bounded number
+of shards waits between them; a sampler that finds no free place keeps its shard and draws nothing
+until there is one. Reading and writing take no time, and the pools have their full size from the
+start.
 
-Our own loop over a heap: simpy (4.1) gives the same to the last bit, which a test holds, but takes
-twice as long, and is one more dependency for the same amount of code.
+The simulation is a loop over a heap. simpy (4.1) gives the same to the last bit, which a test
+checks, but takes twice as long, and is one more dependency for the same amount of code.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import numpy as np
 from bonbon.planning.cluster.workload import Floats
 from bonbon.system.errors import BonbonError
 
-_HOPELESS = 5.0  # mean times between failures that a shard may take: e^5 tries
+_MOST_LIFETIMES = 5.0  # the longest shard, in mean times between failures: e^5 tries
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The replicas of a stage: the nodes of each, seconds until it is up, seconds a shard."""
+    """The replicas of a stage: the nodes of each, seconds to start, seconds of each shard."""
 
     nodes: tuple[tuple[int, ...], ...]
     startup: float
@@ -36,7 +36,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Failures:
-    """Nodes fail at random, `mtbf` seconds apart on average, and are back after `repair`."""
+    """Random failures of nodes, `mtbf` seconds apart on average, each repaired after `repair`."""
 
     mtbf: float
     repair: float
@@ -45,10 +45,10 @@ class Failures:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What came of it. `scored_at`: seconds, (shards,). Fractions are of replicas · seconds.
+    """The result of a simulation. `scored_at`: seconds, (shards,).
 
-    Samplers are `blocked` while they hold a shard that finds no place. Busy counts work that a
-    failure undid.
+    Busy and blocked are fractions of replicas · seconds. Samplers are `blocked` while they hold a
+    shard that finds no free place. Busy includes work that a failure undid.
     """
 
     seconds: float
@@ -67,8 +67,8 @@ _SAMPLE, _SCORE, _FAIL = 0, 1, 2
 class _Line:
     """The state of the line; stage 0 samples and stage 1 scores.
 
-    A replica is down (starting), in `free`, in `work`, or holds a sampled shard in `held`. An event
-    of a replica that has failed since is told by its `life`.
+    A replica is down (starting), in `free`, in `work`, or holds a sampled shard in `held`. `life`
+    counts its failures: an event from before the last one is ignored.
     """
 
     def __init__(self, pools: tuple[Pool, Pool], places: int, failures: Failures | None) -> None:
@@ -104,11 +104,11 @@ class _Line:
 
     def _at(self, time: float, stage: int, which: int) -> None:
         life = 0 if stage == _FAIL else self.life[stage][which]
-        self.serial += 1  # events of one time in the order they were made
+        self.serial += 1  # events at the same time happen in the order they were made
         heapq.heappush(self.events, (time, self.serial, stage, which, life))
 
     def _advance(self, stage: int, replica: int) -> None:
-        """A replica has come up, or is done with its shard."""
+        """Handle a replica that has started, or has finished its shard."""
         if replica not in self.work[stage]:
             self.free[stage].append(replica)
             return
@@ -121,7 +121,7 @@ class _Line:
             self.free[stage].append(replica)
 
     def _flow(self) -> None:
-        """Move and start whatever can be, the end of the line first."""
+        """Move shards and start work wherever possible, the end of the line first."""
         ready = self.waiting[_SCORE]
         while True:
             if ready and self.free[_SCORE]:
@@ -168,7 +168,7 @@ class _Line:
         self._at(self.failing.repair + self._next_failure(), _FAIL, node)
 
     def _lose(self, stage: int, replica: int) -> None:
-        """The replica is down, and its shard is the next to be done again by another."""
+        """Take a replica down; its shard is the next that another replica takes."""
         self.life[stage][replica] += 1
         if replica in self.free[stage]:
             self.free[stage].remove(replica)
@@ -184,12 +184,12 @@ class _Line:
 def simulate(
     samplers: Pool, scorers: Pool, waiting_shards: int, failures: Failures | None = None
 ) -> Simulated:
-    """Play the line until every shard is scored.
+    """Simulate the line until every shard is scored.
 
-    Shards are begun in order. One that a failure undoes is done again, from the stage it was lost
-    in; sampled shards that wait are safe. Failures of a node under repair do not count.
+    Shards start in order. A shard lost to a failure restarts from the stage that lost it; sampled
+    shards that wait are safe. Failures of a node under repair do not count.
 
-    Raises BonbonError where shards take so much longer than nodes live that they hardly ever end.
+    Raises BonbonError where shards take so long between failures that they hardly ever finish.
     """
     if failures:
         _check_lifetimes((samplers, scorers), failures)
@@ -212,7 +212,7 @@ def _check_lifetimes(pools: Sequence[Pool], failures: Failures) -> None:
     for pool in pools:
         life = failures.mtbf / max(map(len, pool.nodes))
         longest = pool.startup + float(pool.seconds.max())
-        if longest > _HOPELESS * life:
+        if longest > _MOST_LIFETIMES * life:
             raise BonbonError(
                 f"a shard takes up to {longest / 3600:.2g} hours with the start-up, and its nodes "
                 f"fail every {life / 3600:.2g} hours; make job.shard_size smaller"
@@ -220,9 +220,9 @@ def _check_lifetimes(pools: Sequence[Pool], failures: Failures) -> None:
 
 
 def closed_form_seconds(samplers: Pool, scorers: Pool) -> float:
-    """The slower stage alone: its start-up and its work over its replicas.
+    """Return the slower stage's seconds: its start-up, and its work shared by its replicas.
 
-    No line without failures is faster.
+    A lower bound for every line without failures.
     """
     return max(
         pool.startup + float(pool.seconds.sum()) / len(pool.nodes) for pool in (samplers, scorers)
@@ -230,7 +230,7 @@ def closed_form_seconds(samplers: Pool, scorers: Pool) -> float:
 
 
 def stage_seconds(pool: Pool) -> float:
-    """One stage alone, all its shards there from the start: each goes to the first free replica."""
+    """Return the seconds of one stage alone, each shard given to the first free replica."""
     ends = [pool.startup] * len(pool.nodes)
     for seconds in pool.seconds.tolist():
         heapq.heapreplace(ends, ends[0] + seconds)

@@ -1,4 +1,4 @@
-"""Which share of the GPUs samples, and which scores: every split simulated, and the fastest."""
+"""Splits of the GPUs between samplers and scorers: all are simulated, the fastest is chosen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bonbon.planning.cluster.simulation import (
     stage_seconds,
 )
 from bonbon.planning.cluster.workload import (
-    Draw,
+    DrawLengths,
     Work,
     fitting_rows,
     pilot_lengths,
@@ -35,14 +35,17 @@ from bonbon.system.errors import BonbonError
 if TYPE_CHECKING:
     from bonbon.planning.which_n import Plan
 
-MOST_SPLITS = 64  # simulated; of more, as many evenly spaced ones and the closed form's best
+MOST_SPLITS = 64  # of more, this many evenly spaced ones and the closed form's best
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Split:
-    """One way to share the GPUs. Idle is the fraction of a stage's time without work, waiting for
-    a place and starting included. The cost is that of all GPUs of the cluster."""
+    """A split of the GPUs between samplers and scorers.
+
+    Idle is the fraction of a stage's time without work, blocked and start-up time included. The
+    cost is that of all GPUs of the cluster.
+    """
 
     samplers: int
     scorers: int
@@ -59,7 +62,7 @@ class Split:
 
 @dataclass(frozen=True)
 class OneAfterOther:
-    """All GPUs sample, and then all of them score; without failures."""
+    """The plan without a split: all GPUs sample, then all score; without failures."""
 
     samplers: int
     scorers: int
@@ -69,7 +72,7 @@ class OneAfterOther:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure on paper."""
+    """An estimated figure."""
 
     name: str
     value: float
@@ -78,7 +81,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """Every simulated split, the fastest of them, what takes no split, and the job's estimates."""
+    """A cluster's simulated splits, the fastest one, the plan without a split, and estimates."""
 
     prompts: int
     n: int
@@ -97,30 +100,30 @@ Nodes = tuple[tuple[int, ...], ...]
 
 
 def placements(config: ClusterConfig) -> list[tuple[Nodes, Nodes]]:
-    """For 1, 2, … samplers: the nodes of each, and those of the scorers that the rest has room for.
+    """List the nodes of 1, 2, … samplers, and of the scorers that fit on the remaining GPUs.
 
     Samplers fill node after node. Scorers without GPUs take CPUs, and all GPUs sample. Raises
     BonbonError where no split has one of each.
     """
     most = len(_sampler_nodes(config, config.cluster.gpus // config.sampler.gpus))
     counts = range(most if config.scorer.gpus == 0 else 1, most + 1)
-    found = []
+    placed = []
     for count in counts:
         samplers = _sampler_nodes(config, count)
         scorers = _scorer_nodes(config, samplers)
         if samplers and scorers:
-            found.append((samplers, scorers))
-    if not found:
+            placed.append((samplers, scorers))
+    if not placed:
         raise BonbonError(
             f"{config.cluster.nodes} nodes have no room for a sampler ({config.sampler.gpus} GPUs) "
             f"beside a scorer ({config.scorer.gpus:g} GPUs, or {config.scorer.cpus:g} CPUs without "
             "one); add nodes, or make them smaller"
         )
-    return found
+    return placed
 
 
 def _sampler_nodes(config: ClusterConfig, count: int) -> Nodes:
-    """The nodes of the first `count` samplers, of as many as there is room for."""
+    """Return the nodes of the first `count` samplers, or of as many as fit."""
     node, gpus = config.cluster.gpus_per_node, config.sampler.gpus
     if gpus > node:
         span = gpus // node
@@ -155,20 +158,20 @@ def _split(config: ClusterConfig, pools: tuple[Pool, Pool]) -> Split:
     if cluster.mtbf_hours:
         failures = Failures(cluster.mtbf_hours * 3600, cluster.repair_seconds, config.job.seed)
     places = config.job.waiting_shards
-    found = simulate(*pools, 2 * len(pools[1].nodes) if places is None else places, failures)
-    hours = found.seconds / 3600
+    simulated = simulate(*pools, 2 * len(pools[1].nodes) if places is None else places, failures)
+    hours = simulated.seconds / 3600
     return Split(
         samplers=len(pools[0].nodes),
         scorers=len(pools[1].nodes),
         hours=hours,
         closed_form_hours=closed_form_seconds(*pools) / 3600,
-        sampler_idle=1 - found.sampler_busy,
-        sampler_blocked=found.sampler_blocked,
-        scorer_idle=1 - found.scorer_busy,
-        bottleneck="samplers" if found.sampler_busy >= found.scorer_busy else "scorers",
+        sampler_idle=1 - simulated.sampler_busy,
+        sampler_blocked=simulated.sampler_blocked,
+        scorer_idle=1 - simulated.scorer_busy,
+        bottleneck="samplers" if simulated.sampler_busy >= simulated.scorer_busy else "scorers",
         cost=hours * cluster.gpus * cluster.price_per_gpu_hour,
-        failures=found.failures,
-        redone=found.redone,
+        failures=simulated.failures,
+        redone=simulated.redone,
     )
 
 
@@ -185,10 +188,10 @@ def _one_after_other(config: ClusterConfig, work: Work) -> OneAfterOther:
     )
 
 
-def plan_cluster(config: ClusterConfig, draw: Draw, n: int) -> ClusterPlan:
+def plan_cluster(config: ClusterConfig, draw: DrawLengths, n: int) -> ClusterPlan:
     """Simulate the splits of the cluster's GPUs between samplers and scorers.
 
-    All of them, or of more than 64 evenly spaced ones and the one that the closed form prefers.
+    All splits; of more than 64, evenly spaced ones and the one that the closed form prefers.
     Raises BonbonError where the model, or a sampler beside a scorer, does not fit.
     """
     work = shard_work(config, draw, n)
@@ -218,17 +221,17 @@ def plan_from_files(
     by: str | None = None,
     max_n: int = 1024,
 ) -> ClusterPlan:
-    """`plan_cluster` for a YAML file; with a pilot's groups by its lengths.
+    """Plan a cluster from a YAML file, with the lengths of a pilot's groups if given.
 
-    With a wanted win rate as well, n is the one that `which_n.plan` finds by the estimate.
-    Raises BonbonError for what the file lacks without a pilot, and where no n reaches the win rate.
+    With a wanted win rate as well, n is the estimate of `which_n.plan`. Raises BonbonError for
+    settings that the file lacks without a pilot, and where no n reaches the win rate.
     """
     config = load_cluster(path)
     if by is not None and win_rate is None:
-        raise BonbonError("--by says what decides a win; it needs a --win-rate")
+        raise BonbonError("--by says which reward decides a win; it needs a --win-rate")
     if groups is None:
         if win_rate is not None:
-            raise BonbonError("--win-rate needs GROUPS, a pilot by which n is chosen")
+            raise BonbonError("--win-rate needs GROUPS, a pilot from which n is chosen")
         return plan_cluster(config, *_stated(config, path))
     from bonbon.groups.shards import read_groups
     from bonbon.planning.which_n import plan
@@ -237,11 +240,11 @@ def plan_from_files(
     planned = None if win_rate is None else plan(pilot, win_rate, by, max_n)
     n = config.job.n if planned is None else _planned_n(planned)
     if n is None:
-        raise BonbonError(f"{path}: state job.n, or a --win-rate by which GROUPS chooses it")
+        raise BonbonError(f"{path}: state job.n, or a --win-rate for which GROUPS gives n")
     return replace(plan_cluster(config, pilot_lengths(pilot, n), n), from_pilot=planned)
 
 
-def _stated(config: ClusterConfig, path: Path) -> tuple[Draw, int]:
+def _stated(config: ClusterConfig, path: Path) -> tuple[DrawLengths, int]:
     job = config.job
     if job.n is None or job.prompt_tokens is None or job.completion_tokens is None:
         raise BonbonError(
@@ -263,7 +266,7 @@ def _planned_n(planned: Plan) -> int:
 
 
 def estimates(config: ClusterConfig, work: Work) -> Iterator[Estimate]:
-    """Memory, speed, hours and cost on paper, as far as the configuration describes things."""
+    """Yield estimates of memory, speed, hours and cost, as far as the configuration allows."""
     if config.gpu and config.model:
         yield from _sampler_estimates(config, config.gpu, config.model, work)
     sampling = float(work.sample_seconds.sum()) * config.sampler.gpus / 3600
@@ -305,13 +308,13 @@ def _training_estimates(
 ) -> Iterator[Estimate]:
     tokens = work.total_tokens * train.epochs
     flops = on_paper.training_flops(model, tokens, train.method, train.gradient_checkpointing)
-    again = on_paper.forward_flops(model, work.total_tokens)
+    reference_flops = on_paper.forward_flops(model, work.total_tokens)
     states = {
         method: on_paper.training_state_bytes(model, method, train.r) / 1e9
         for method in get_args(Method)
     }
     hours = on_paper.hours_at(flops, gpu, train.gpus, train.utilisation)
-    once_more = on_paper.hours_at(again, gpu, train.gpus, train.utilisation)
+    recomputing = on_paper.hours_at(reference_flops, gpu, train.gpus, train.utilisation)
     price = config.cluster.price_per_gpu_hour
     for method, size in states.items():
         yield Estimate(f"weights, gradients, optimiser: {method}", size, "GB")
@@ -321,5 +324,5 @@ def _training_estimates(
         yield Estimate("training: checkpoints of a pass, a GPU", kept / 1e9, "GB")
     yield Estimate("FLOPs of the training", flops / 1e18, "· 10^18")
     yield Estimate("training", hours, "hours")
-    yield Estimate("log-probabilities computed anew", once_more, "hours")
-    yield Estimate("cost of these two", (hours + once_more) * train.gpus * price, "")
+    yield Estimate("log-probabilities recomputed", recomputing, "hours")
+    yield Estimate("cost of these two", (hours + recomputing) * train.gpus * price, "")

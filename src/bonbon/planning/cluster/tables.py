@@ -25,7 +25,7 @@ def show(
     max_n: int,
     as_json: bool,
 ) -> None:
-    """Plan and print, as `bonbon plan --cluster` does; see `plan_from_files`."""
+    """Plan a cluster and print the plan, as `bonbon plan --cluster`; see `plan_from_files`."""
     planned = plan_from_files(cluster, groups, win_rate, by, max_n)
     if as_json:
         print(json.dumps(asdict(planned), indent=2))
@@ -39,37 +39,37 @@ def show(
 
 
 def plan_sentences(planned: ClusterPlan) -> list[str]:
-    """The answer in words; the first two sentences hold the settings to use."""
+    """Describe the plan in sentences; the first two hold the settings to use."""
     best, other = planned.best, planned.one_after_other
-    said = [
+    sentences = [
         f"Both stages at a time: engine.samplers.max: {best.samplers}, engine.scorers.max: "
         f"{best.scorers}: {best.hours:.2f} hours by the simulation ({best.closed_form_hours:.2f} "
-        f"by the slower stage alone){_costing(best.cost)}; the {best.bottleneck} are the "
+        f"by the slower stage alone){_cost_phrase(best.cost)}; the {best.bottleneck} are the "
         "bottleneck.",
         f"One after the other, each on all GPUs: engine.samplers.max: {other.samplers}, "
-        f"engine.scorers.max: {other.scorers}: {other.hours:.2f} hours{_costing(other.cost)}.",
+        f"engine.scorers.max: {other.scorers}: {other.hours:.2f} hours{_cost_phrase(other.cost)}.",
     ]
     if best.failures:
-        said.append(
-            f"{best.failures} node failures are in it, and {best.redone} shards done again."
+        sentences.append(
+            f"It includes {best.failures} node failures, which redo {best.redone} shards."
         )
     if planned.from_pilot is not None:
         row = planned.from_pilot.by_estimate
         assert row is not None
-        said.append(
+        sentences.append(
             f"n = {row.n:,} is the pilot's for a win rate of {planned.from_pilot.wanted:g} "
             f"({row.win_rate.value:.3f}, 95% interval {row.win_rate.low:.3f} to "
             f"{row.win_rate.high:.3f}); lengths are the pilot's too."
         )
-    return said
+    return sentences
 
 
-def _costing(cost: float) -> str:
+def _cost_phrase(cost: float) -> str:
     return f" for {cost:,.0f}" if cost else ""
 
 
 def estimates_table(planned: ClusterPlan) -> Table:
-    """The figures on paper."""
+    """Tabulate the estimates."""
     from rich.table import Table
 
     table = Table(title="On paper")
@@ -81,14 +81,14 @@ def estimates_table(planned: ClusterPlan) -> Table:
 
 
 def shown_value(estimate: Estimate) -> str:
-    """An estimate's value with its unit: three digits, or a whole number."""
+    """Format an estimate with its unit: three digits, or a whole number."""
     value = estimate.value
     digits = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{digits} {estimate.unit}".rstrip()
 
 
 def splits_table(planned: ClusterPlan) -> Table:
-    """A row for each split, of many those around the best one, which is marked with `*`."""
+    """Tabulate the splits around the best one, which is marked with `*`."""
     from rich.table import Table
 
     table = Table(

@@ -19,16 +19,16 @@ Ints = NDArray[np.int32]  # lengths; sums are int64
 
 _CHUNK = 1024  # shards whose lengths are held at once
 
-# From a generator and a number of prompts, their lengths (prompts,) and those of their
-# completions (prompts, n).
-Draw = Callable[[np.random.Generator, int], tuple[Ints, Ints]]
+# Maps a generator and a number of prompts to the lengths of prompts (prompts,) and completions
+# (prompts, n).
+DrawLengths = Callable[[np.random.Generator, int], tuple[Ints, Ints]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds that one sampler and one scorer need for each shard, (shards,), and mean lengths.
+    """The seconds of one sampler and one scorer for each shard, (shards,), and mean lengths.
 
-    `total_tokens` gives every completion a prompt of its own, `scored_tokens` as scorers read.
+    `total_tokens` counts the prompt once a completion, `scored_tokens` as often as scorers read it.
     """
 
     sample_seconds: Floats
@@ -40,8 +40,8 @@ class Work:
     n: int
 
 
-def stated_lengths(prompt: LengthsConfig, completion: LengthsConfig, n: int) -> Draw:
-    """Lengths by their stated distributions, each independent of all others."""
+def stated_lengths(prompt: LengthsConfig, completion: LengthsConfig, n: int) -> DrawLengths:
+    """Return a sampler of lengths from their stated distributions, all independent."""
 
     def draw(rng: np.random.Generator, count: int) -> tuple[Ints, Ints]:
         return _lengths(rng, prompt, (count,)), _lengths(rng, completion, (count, n))
@@ -58,8 +58,8 @@ def _lengths(rng: np.random.Generator, stated: LengthsConfig, size: tuple[int, .
     return np.clip(np.rint(drawn), 1, stated.longest).astype(np.int32)
 
 
-def pilot_lengths(groups: Sequence[Group], n: int) -> Draw:
-    """A pilot's lengths: a prompt of it at random, and n of its completions, with replacement."""
+def pilot_lengths(groups: Sequence[Group], n: int) -> DrawLengths:
+    """Return a sampler of a pilot's lengths: prompts, and n completions each, with replacement."""
     prompts = np.array([max(1, len(group.prompt_token_ids)) for group in groups], dtype=np.int32)
     draws = min(group.n for group in groups)
     completions = np.array([group.lengths()[:draws] for group in groups], dtype=np.int32)
@@ -73,10 +73,10 @@ def pilot_lengths(groups: Sequence[Group], n: int) -> Draw:
 
 
 def decode_steps(lengths: Ints, rows: int, continuous: bool = True) -> Ints:
-    """Steps until the last row of each shard ends, (shards,), from lengths (shards, completions).
+    """Count the decoding steps of each shard, (shards,), from lengths (shards, completions).
 
-    `rows` rows are decoded together. Continuous batching gives the place of a row that ends to the
-    next; otherwise the next `rows` rows start when the longest of the last ones ends.
+    `rows` rows are decoded together. With continuous batching the next row starts as soon as one
+    ends; otherwise the next `rows` rows start when the longest of the current ones ends.
     """
     count = lengths.shape[1]
     if not continuous:
@@ -89,8 +89,8 @@ def decode_steps(lengths: Ints, rows: int, continuous: bool = True) -> Ints:
     return ends.max(axis=1)
 
 
-def shard_work(config: ClusterConfig, draw: Draw, n: int) -> Work:
-    """The seconds of every shard; decoding, and prefill of each prompt once, as with its cache."""
+def shard_work(config: ClusterConfig, draw: DrawLengths, n: int) -> Work:
+    """Compute the seconds of every shard: decoding, prefill of each prompt once, and scoring."""
     job = config.job
     parts = list(_drawn_shards(job, draw, n))
     prompts, completions = (sum(float(part[i].sum()) for part in parts) for i in (0, 1))
@@ -114,10 +114,10 @@ def shard_work(config: ClusterConfig, draw: Draw, n: int) -> Work:
     )
 
 
-def _drawn_shards(job: JobConfig, draw: Draw, n: int) -> Iterator[tuple[Ints, Ints]]:
-    """Lengths of prompts (shards, shard_size) and completions (shards, shard_size · n).
+def _drawn_shards(job: JobConfig, draw: DrawLengths, n: int) -> Iterator[tuple[Ints, Ints]]:
+    """Draw lengths of prompts (shards, shard_size) and completions (shards, shard_size · n).
 
-    What the last shard lacks has length 0.
+    The last shard is filled up with length 0.
     """
     rng = np.random.default_rng(job.seed)
     most = _CHUNK * job.shard_size
@@ -134,9 +134,9 @@ def _drawn_shards(job: JobConfig, draw: Draw, n: int) -> Iterator[tuple[Ints, In
 def sampler_speed(
     config: ClusterConfig, prompt_tokens: float, completion_tokens: float, n: int
 ) -> tuple[DecodeSpeed, int, float]:
-    """A sampler's decoding, the rows it decodes together, and the tokens a second it prefills.
+    """Return a sampler's decoding speed, rows decoded together, and prefill tokens a second.
 
-    A stated speed is that of a step of `rows` rows, which fewer rows do not make faster. Raises
+    A stated speed holds for steps of `rows` rows; a step of fewer rows takes as long. Raises
     BonbonError where the model does not fit its GPUs.
     """
     sampler, gpu, model = config.sampler, config.gpu, config.model
@@ -158,14 +158,14 @@ def sampler_speed(
 
 
 def described(config: ClusterConfig) -> tuple[Accelerator, ModelShape]:
-    """The GPU and the model, of a configuration that was checked to describe them."""
+    """Return the GPU and the model of a configuration that was checked to describe them."""
     assert config.gpu is not None
     assert config.model is not None
     return config.gpu, config.model
 
 
 def fitting_rows(config: ClusterConfig, tokens: float) -> int:
-    """The rows of `tokens` tokens whose KV cache fits a sampler. BonbonError for none."""
+    """Return how many rows of `tokens` tokens fit a sampler. Raises BonbonError for none."""
     gpu, model = described(config)
     fit = on_paper.rows_that_fit(model, gpu, config.sampler.gpus, tokens)
     if fit < 1:
@@ -178,7 +178,7 @@ def fitting_rows(config: ClusterConfig, tokens: float) -> int:
 
 
 def scorer_tokens_per_second(config: ClusterConfig) -> float | None:
-    """Tokens a second of a scorer; None where completions a second are stated."""
+    """Return a scorer's tokens a second; None where completions a second are stated."""
     scorer = config.scorer
     if scorer.completions_per_second or scorer.tokens_per_second:
         return scorer.tokens_per_second
@@ -198,6 +198,6 @@ def _score_seconds(config: ClusterConfig, prompts: Ints, completions: Ints, n: i
 
 
 def scored_tokens(config: ClusterConfig, prompts: Ints, completions: Ints, n: int) -> Ints:
-    """Tokens that scoring reads of each shard, (shards,)."""
+    """Count the tokens that scoring reads of each shard, (shards,)."""
     reads = 1 if config.scorer.shared_prompt else n
     return reads * prompts.sum(axis=1) + completions.sum(axis=1)

@@ -110,13 +110,13 @@ def invalid_fields(error: ValidationError, values: Any) -> BackendError:
     repeated.
     """
     problems = [(_path(problem, values), problem) for problem in error.errors()]
-    deepest = max(problems, key=lambda found: len(found[0]))[0]
-    said = [_message(problem) for path, problem in problems if path == deepest]
+    deepest = max(problems, key=lambda item: len(item[0]))[0]
+    messages = [_message(problem) for path, problem in problems if path == deepest]
     where = _dotted(deepest)
     unknown = any(p["type"] == "extra_forbidden" for path, p in problems if path == deepest)
     if unknown:
         return bad_request(f"unknown field {where!r}", "unknown_parameter", where)
-    text = " or ".join(dict.fromkeys(said))
+    text = " or ".join(dict.fromkeys(messages))
     return bad_request(f"{where}: {text}" if where else text, "invalid_value", where or None)
 
 

@@ -54,22 +54,22 @@ def document(
 
     `passthrough` names the fields that go to the backend as they are.
     """
-    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    schemas = found["components"]["schemas"]
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = schema["components"]["schemas"]
     for path, kind in _BODIES.items():
         schemas |= _body_schemas(kind, config, passthrough)
         body = {"schema": {"$ref": _REFERENCE.format(model=kind.__name__)}}
-        operation = found["paths"][path]["post"]
+        operation = schema["paths"][path]["post"]
         operation["requestBody"] = {"required": True, "content": {"application/json": body}}
         operation["responses"]["200"]["content"]["text/event-stream"] = {"itemSchema": _EVENT}
-    for path, methods in found["paths"].items():
+    for path, methods in schema["paths"].items():
         for operation in methods.values():
             operation["responses"].pop("422", None)  # FastAPI's own; ours is 400
             if with_key and path != "/health":
                 _add_key(operation)
     if with_key:
-        found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    return found
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return schema
 
 
 def _body_schemas(

@@ -23,9 +23,9 @@ from bonbon.serve.api.schemas import (
     Details,
     FinishReason,
     TopLogprob,
-    Usage,
+    UsageObject,
 )
-from bonbon.serve.backend import Answer, Choice, Job, TokenLogprob
+from bonbon.serve.backend import Answer, AnswerJob, Choice, TokenLogprob
 
 _UNLIKELY = -9999.0  # what OpenAI writes for −∞, which JSON has not
 
@@ -33,14 +33,14 @@ _UNLIKELY = -9999.0  # what OpenAI writes for −∞, which JSON has not
 # --- what both routes have ------------------------------------------------------------------------
 
 
-def usage_of(answers: Sequence[Answer]) -> Usage:
+def usage_of(answers: Sequence[Answer]) -> UsageObject:
     """The usage of a request, its prompts together."""
     prompt = sum(answer.prompt_tokens for answer in answers)
     drawn = sum(answer.cost.generated for answer in answers)
-    return Usage(prompt_tokens=prompt, completion_tokens=drawn, total_tokens=prompt + drawn)
+    return UsageObject(prompt_tokens=prompt, completion_tokens=drawn, total_tokens=prompt + drawn)
 
 
-def indexed(job: Job, answers: Sequence[Answer]) -> list[tuple[int, Choice]]:
+def indexed(job: AnswerJob, answers: Sequence[Answer]) -> list[tuple[int, Choice]]:
     """The choices of all prompts with OpenAI's indices."""
     return [
         (prompt * job.choices + place, choice)
@@ -50,7 +50,7 @@ def indexed(job: Job, answers: Sequence[Answer]) -> list[tuple[int, Choice]]:
 
 
 def _envelope(
-    request_id: str, job: Job, answers: Sequence[Answer], candidates: bool
+    request_id: str, job: AnswerJob, answers: Sequence[Answer], candidates: bool
 ) -> dict[str, Any]:
     """What stands around the choices."""
     return {
@@ -62,7 +62,7 @@ def _envelope(
     }
 
 
-def details_of(job: Job, answers: Sequence[Answer], candidates: bool) -> Details:
+def details_of(job: AnswerJob, answers: Sequence[Answer], candidates: bool) -> Details:
     """How the choices of a request came about; its candidates where they are wanted."""
     cost = sum((answer.cost for answer in answers), Cost())
     return Details(
@@ -80,15 +80,15 @@ def details_of(job: Job, answers: Sequence[Answer], candidates: bool) -> Details
     )
 
 
-def _candidates(job: Job, answers: Sequence[Answer]) -> list[CandidateObject]:
-    found = []
+def _candidates(job: AnswerJob, answers: Sequence[Answer]) -> list[CandidateObject]:
+    objects = []
     for prompt, answer in enumerate(answers):
         group = answer.generation.group
         places = {choice.index: place for place, choice in enumerate(answer.choices)}
         rewards = group.rewards or (None,) * group.n
         for index, length in enumerate(group.lengths()):
             place = places.get(index)
-            found.append(
+            objects.append(
                 CandidateObject(
                     prompt=prompt,
                     text=group.completions[index],
@@ -98,7 +98,7 @@ def _candidates(job: Job, answers: Sequence[Answer]) -> list[CandidateObject]:
                     choice=None if place is None else prompt * job.choices + place,
                 )
             )
-    return found
+    return objects
 
 
 def _number(value: float | None) -> float | None:
@@ -109,7 +109,7 @@ def _number(value: float | None) -> float | None:
 
 
 def chat_completion(
-    request_id: str, job: Job, answers: Sequence[Answer], candidates: bool
+    request_id: str, job: AnswerJob, answers: Sequence[Answer], candidates: bool
 ) -> dict[str, Any]:
     """The answer to a chat."""
     choices = [
@@ -161,7 +161,7 @@ def _reason(choice: Choice) -> FinishReason:
 
 
 def completion(
-    request_id: str, job: Job, answers: Sequence[Answer], candidates: bool
+    request_id: str, job: AnswerJob, answers: Sequence[Answer], candidates: bool
 ) -> dict[str, Any]:
     """The answer to one or more prompts; `job` is the first prompt's."""
     choices = [

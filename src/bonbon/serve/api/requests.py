@@ -173,8 +173,8 @@ class ChatRequest(GenerationRequest):
     def _chat_fields_fit(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("`top_logprobs` needs `logprobs: true`")
-        asked = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(asked) > 1:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
             raise ValueError("`max_tokens` and `max_completion_tokens` differ; send one of them")
         return self
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 FinishReason = Literal["stop", "length"]
 
 
-class Usage(BaseModel):
+class UsageObject(BaseModel):
     """Tokens. Completion tokens are all that were drawn, those of rejected candidates included."""
 
     prompt_tokens: int
@@ -112,7 +112,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: UsageObject
     bonbon: Details
 
 
@@ -124,7 +124,7 @@ class Completion(BaseModel):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: UsageObject
     bonbon: Details
 
 

@@ -33,8 +33,8 @@ from bonbon.serve.answers import (
     strategy_error,
     stream_id,
 )
-from bonbon.serve.backend import Answer, BackendError, Job
-from bonbon.serve.local.queue import Asked, Waiting, next_batch
+from bonbon.serve.backend import Answer, AnswerJob, BackendError
+from bonbon.serve.local.queue import EncodedJob, PendingJob, next_batch
 from bonbon.serve.local.token_logprobs import completion_logprobs
 from bonbon.system.errors import BonbonError
 
@@ -74,7 +74,7 @@ class LocalBackend:
         self._secret = secrets.token_hex(16)
         self._scoring = threading.Lock()
         self._changed = threading.Condition()
-        self._arrived: list[Asked] = []
+        self._arrived: list[PendingJob] = []
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="bonbon-model", daemon=True)
 
@@ -100,7 +100,7 @@ class LocalBackend:
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
 
-    async def answer(self, job: Job) -> Answer:
+    async def answer(self, job: AnswerJob) -> Answer:
         """See `Backend.answer`."""
         check_reward(job, self.reward)
         if job.extra:
@@ -109,44 +109,44 @@ class LocalBackend:
                 param=min(job.extra),
             )
         loop = asyncio.get_running_loop()
-        asked = Asked(job, loop, loop.create_future())
+        pending = PendingJob(job, loop, loop.create_future())
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise _stopping()
-            self._arrived.append(asked)
+            self._arrived.append(pending)
             self._changed.notify()
         try:
             async with asyncio.timeout(job.deadline - time.monotonic()):
-                return await asked.answer
+                return await pending.answer
         except TimeoutError as error:
             raise out_of_time() from error
         finally:
-            asked.given_up = True
+            pending.given_up = True
 
     # --- the model's thread -----------------------------------------------------------------------
 
     def _work(self) -> None:
-        queue: list[Waiting] = []
+        queue: list[EncodedJob] = []
         while self._take_arrived(queue):
             batch = next_batch(queue, self.max_batch_tokens)
             if batch:
                 self._run(batch)
-        for waiting in queue:
-            waiting.asked.settle(_stopping())
+        for encoded in queue:
+            encoded.pending.settle(_stopping())
 
-    def _take_arrived(self, queue: list[Waiting]) -> bool:
+    def _take_arrived(self, queue: list[EncodedJob]) -> bool:
         """Wait until there is a job, and take all there are; False when the backend closes."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._arrived or queue)
             arrived, self._arrived = self._arrived, []
-        for asked in arrived:
+        for pending in arrived:
             try:
-                queue.append(Waiting(asked, self._encoded(asked.job)))
+                queue.append(EncodedJob(pending, self._encoded(pending.job)))
             except BackendError as error:
-                asked.settle(error)
+                pending.settle(error)
         return not self._closing
 
-    def _encoded(self, job: Job) -> EncodedPrompt:
+    def _encoded(self, job: AnswerJob) -> EncodedPrompt:
         row = PromptRow(stream_id(job, self._secret), job.prompt)
         if not isinstance(job.prompt, str) and self.tokenizer.chat_template is None:
             raise bad_request(
@@ -171,32 +171,32 @@ class LocalBackend:
             )
         return prompt
 
-    def _run(self, batch: list[Waiting]) -> None:
+    def _run(self, batch: list[EncodedJob]) -> None:
         """Answer a batch; where it fails as a whole, each of its jobs alone."""
         try:
             generations = self._generate(batch)
         except _StoppedError:
-            for waiting in batch:
-                waiting.asked.settle(_stopping() if self._closing else out_of_time())
+            for encoded in batch:
+                encoded.pending.settle(_stopping() if self._closing else out_of_time())
         except Exception as error:  # a strategy, a reward, the model: anything may come out of them
             if len(batch) == 1:
-                batch[0].asked.settle(strategy_error(error))
+                batch[0].pending.settle(strategy_error(error))
             else:
                 kind = type(error).__name__
                 _log.warning("a batch of %d jobs failed (%s); each alone now", len(batch), kind)
-                for waiting in batch:
-                    self._run([waiting])
+                for encoded in batch:
+                    self._run([encoded])
         else:
-            for waiting, generation in zip(batch, generations, strict=True):
-                waiting.asked.settle(self._answer(waiting, generation))
+            for encoded, generation in zip(batch, generations, strict=True):
+                encoded.pending.settle(self._answer(encoded, generation))
 
-    def _generate(self, batch: list[Waiting]) -> list[Generation]:
-        job = batch[0].asked.job
+    def _generate(self, batch: list[EncodedJob]) -> list[Generation]:
+        job = batch[0].pending.job
         settings = {"seed": 0, "max_batch_tokens": self.max_batch_tokens}
         sampling = job.sampling.model_copy(update=settings)
 
         def unwanted() -> bool:
-            return self._closing or not any(waiting.asked.alive() for waiting in batch)
+            return self._closing or not any(encoded.pending.alive() for encoded in batch)
 
         def go_on(_: int = 0) -> None:
             if unwanted():
@@ -207,10 +207,10 @@ class LocalBackend:
         reward = None
         if job.strategy.needs_reward and self.reward is not None:
             reward = GuardedReward(self.reward, self._scoring, unwanted)
-        return job.strategy.generate([waiting.prompt for waiting in batch], source, reward)
+        return job.strategy.generate([encoded.prompt for encoded in batch], source, reward)
 
-    def _answer(self, waiting: Waiting, generation: Generation) -> Answer | BackendError:
-        job, group = waiting.asked.job, generation.group
+    def _answer(self, encoded: EncodedJob, generation: Generation) -> Answer | BackendError:
+        job, group = encoded.pending.job, generation.group
         logprobs = None
         if job.logprobs is not None:
             logprobs = partial(

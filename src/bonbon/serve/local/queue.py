@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from bonbon.groups.prompts import EncodedPrompt
-from bonbon.serve.backend import Answer, BackendError, Job
+from bonbon.serve.backend import Answer, AnswerJob, BackendError
 
 
 @dataclass(eq=False)
-class Asked:
+class PendingJob:
     """A job, and who waits for its answer.
 
     `given_up` is set by the event loop's thread and read by the model's.
     """
 
-    job: Job
+    job: AnswerJob
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[Answer]
     given_up: bool = False
@@ -44,36 +44,36 @@ class Asked:
 
 
 @dataclass(frozen=True, eq=False)
-class Waiting:
+class EncodedJob:
     """A job that can be done, with its tokens."""
 
-    asked: Asked
+    pending: PendingJob
     prompt: EncodedPrompt
 
     def kind(self) -> tuple[Any, ...]:
         """What jobs of one batch have in common: all but the seed, which is in the prompt's id."""
-        job = self.asked.job
+        job = self.pending.job
         return job.strategy, job.sampling.model_copy(update={"seed": 0}), job.stop
 
     def tokens(self) -> int:
         """The most that its candidates can come to, each with its prompt."""
-        sampling = self.asked.job.sampling
+        sampling = self.pending.job.sampling
         return sampling.n * (len(self.prompt.token_ids) + sampling.max_new_tokens)
 
 
-def next_batch(queue: list[Waiting], max_tokens: int) -> list[Waiting]:
+def next_batch(queue: list[EncodedJob], max_tokens: int) -> list[EncodedJob]:
     """Take the first job and those of its kind, in order, up to `max_tokens`; dead ones go."""
-    alive = [waiting for waiting in queue if waiting.asked.alive()]
-    batch: list[Waiting] = []
-    left: list[Waiting] = []
+    alive = [encoded for encoded in queue if encoded.pending.alive()]
+    batch: list[EncodedJob] = []
+    left: list[EncodedJob] = []
     total = 0
-    for waiting in alive:
-        total_with = total + waiting.tokens()
+    for encoded in alive:
+        total_with = total + encoded.tokens()
         fits = not batch or total_with <= max_tokens
-        if fits and (not batch or waiting.kind() == batch[0].kind()):
-            batch.append(waiting)
+        if fits and (not batch or encoded.kind() == batch[0].kind()):
+            batch.append(encoded)
             total = total_with
         else:
-            left.append(waiting)
+            left.append(encoded)
     queue[:] = left
     return batch

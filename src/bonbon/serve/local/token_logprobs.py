@@ -44,7 +44,7 @@ def completion_logprobs(
     picked = log_probs.gather(-1, drawn[:, None]).squeeze(-1).tolist()
     best = log_probs.topk(min(top, log_probs.shape[-1]), dim=-1)
     best_values, best_ids = best.values.tolist(), best.indices.tolist()
-    found = []
+    tokens = []
     for place, (token, logprob) in enumerate(zip(ids, picked, strict=True)):
         before = (prompt + ids[:place])[-_CONTEXT:]
         others = tuple(
@@ -52,8 +52,8 @@ def completion_logprobs(
             for other, value in zip(best_ids[place], best_values[place], strict=True)
             if math.isfinite(value)
         )
-        found.append(TokenLogprob(token_text(tokenizer, before, token), logprob, others))
-    return tuple(found)
+        tokens.append(TokenLogprob(token_text(tokenizer, before, token), logprob, others))
+    return tuple(tokens)
 
 
 def token_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:

@@ -36,7 +36,7 @@ from bonbon.serve.answers import (
     strategy_error,
     stream_id,
 )
-from bonbon.serve.backend import Answer, BackendError, Job
+from bonbon.serve.backend import Answer, AnswerJob, BackendError
 from bonbon.serve.upstream.client import UpstreamClient, UpstreamConfig, upstream_error
 from bonbon.serve.upstream.protocol import reshaping
 from bonbon.serve.upstream.source import NO_EMBEDDING, UpstreamSource
@@ -102,7 +102,7 @@ class UpstreamBackend:
         if self._client is not None:
             await self._client.close()
 
-    async def answer(self, job: Job) -> Answer:
+    async def answer(self, job: AnswerJob) -> Answer:
         """See `Backend.answer`."""
         self._check(job)
         now = time.monotonic()
@@ -113,7 +113,7 @@ class UpstreamBackend:
         except TimeoutError as error:
             raise out_of_time() from error
 
-    def _check(self, job: Job) -> None:
+    def _check(self, job: AnswerJob) -> None:
         name = strategy_name(job.strategy)
         check_reward(job, self.reward)
         if job.strategy.stepwise:
@@ -132,7 +132,7 @@ class UpstreamBackend:
                 "have it give processed ones and set upstream.processed_logprobs"
             )
 
-    async def _answer(self, job: Job, cutoff: float) -> Answer:
+    async def _answer(self, job: AnswerJob, cutoff: float) -> Answer:
         offer = await self._job_offer()
         assert self._client is not None
         model = self.config.model or job.model or offer.models[0]
@@ -148,7 +148,7 @@ class UpstreamBackend:
             logprobs = partial(source.logprobs_of, generation.group)
         return answer_of(job, generation, source.prompt_tokens, logprobs, source.failed)
 
-    def _generate(self, job: Job, source: UpstreamSource) -> Generation:
+    def _generate(self, job: AnswerJob, source: UpstreamSource) -> Generation:
         """Run the strategy, in a thread."""
         prompt = EncodedPrompt(stream_id(job, self._secret), job.prompt, ())
         reward = None
@@ -213,7 +213,7 @@ class UpstreamBackend:
         return offer
 
 
-def _changed_distribution(job: Job) -> list[str]:
+def _changed_distribution(job: AnswerJob) -> list[str]:
     """The fields of a job under which log-probabilities are others than the model's own.
 
     None for the most likely completion: all candidates are the same, so there is no choice.

@@ -28,7 +28,7 @@ from bonbon.remote.completions_api import (
     text_of,
 )
 from bonbon.sampling.cost import Candidates, Cost
-from bonbon.serve.backend import Job, TokenLogprob
+from bonbon.serve.backend import AnswerJob, TokenLogprob
 
 # Further fields of a job that change its distribution, each with the value that does not.
 _RESHAPING: Mapping[str, Any] = MappingProxyType(
@@ -47,12 +47,12 @@ _RESHAPING: Mapping[str, Any] = MappingProxyType(
 # --- requests -------------------------------------------------------------------------------------
 
 
-def path_of(job: Job) -> str:
+def path_of(job: AnswerJob) -> str:
     """Where a job's candidates are asked for."""
     return "completions" if isinstance(job.prompt, str) else "chat/completions"
 
 
-def wants_logprobs(job: Job) -> bool:
+def wants_logprobs(job: AnswerJob) -> bool:
     """Whether a job's candidates have to come with their log-probabilities."""
     return job.logprobs is not None or job.strategy.needs_logprobs
 
@@ -64,7 +64,7 @@ def reshaping(extra: Mapping[str, Any]) -> list[str]:
     )
 
 
-def request_body(job: Job, model: str, off: Mapping[str, Any], k: int) -> dict[str, Any]:
+def request_body(job: AnswerJob, model: str, off: Mapping[str, Any], k: int) -> dict[str, Any]:
     """The request for candidate k alone. The job's own fields win over further ones (`extra`)."""
     body: dict[str, Any] = {**off, **job.extra, "model": model, "n": 1, "stream": False}
     body |= {"max_tokens": job.sampling.max_new_tokens, **distribution(job.sampling)}
@@ -75,8 +75,8 @@ def request_body(job: Job, model: str, off: Mapping[str, Any], k: int) -> dict[s
     top = max(1, job.logprobs or 0)  # llama.cpp gives none at all for 0
     if isinstance(job.prompt, str):
         return body | {"prompt": job.prompt} | ({"logprobs": top} if wants_logprobs(job) else {})
-    asked = {"logprobs": True, "top_logprobs": top} if wants_logprobs(job) else {}
-    return body | {"messages": job.prompt} | asked
+    logprob_fields = {"logprobs": True, "top_logprobs": top} if wants_logprobs(job) else {}
+    return body | {"messages": job.prompt} | logprob_fields
 
 
 def candidate_seed(seed: int, k: int) -> int:
@@ -112,7 +112,7 @@ class Reply:
         return math.fsum(token.logprob for token in self.logprobs)
 
 
-def read_reply(found: Any, job: Job) -> Reply:
+def read_reply(reply: Any, job: AnswerJob) -> Reply:
     """The candidate in a reply.
 
     The text is the message's content alone: a reasoning model's thoughts are neither scored nor
@@ -124,9 +124,9 @@ def read_reply(found: Any, job: Job) -> Reply:
     than at its end or its limit. Raises LookupError, TypeError, ValueError or AttributeError for
     what is no reply at all.
     """
-    choice = found["choices"][0]
+    choice = reply["choices"][0]
     text, reason = text_of(choice), finish_reason(choice)
-    usage = plausible_usage(found)
+    usage = plausible_usage(reply)
     logprobs = None
     if wants_logprobs(job):
         logprobs = read_logprobs(choice.get("logprobs"), job.logprobs or 0)
@@ -135,19 +135,19 @@ def read_reply(found: Any, job: Job) -> Reply:
     return Reply(text, reason, usage.tokens, usage.prompt_tokens, usage.prefilled, logprobs)
 
 
-def spent_on(found: Any) -> Cost:
+def spent_on(reply: Any) -> Cost:
     """What a reply cost that is no use, as far as it says so."""
-    usage = read_usage(found)
+    usage = read_usage(reply)
     return Cost() if usage is None else Cost(generated=usage.tokens, prefilled=usage.prefilled)
 
 
-def read_logprobs(found: Any, top: int) -> tuple[TokenLogprob, ...] | None:
+def read_logprobs(logprobs: Any, top: int) -> tuple[TokenLogprob, ...] | None:
     """Each token with its `top` most likely ones, from either API's form; None where there is none.
 
     Alternatives of probability 0 are left out. Raises FaultError for a value that is no ln p, and
     for a drawn token of probability 0.
     """
-    items = logprob_items(found)
+    items = logprob_items(logprobs)
     if items is None:
         return None
     return tuple(
@@ -157,8 +157,8 @@ def read_logprobs(found: Any, top: int) -> tuple[TokenLogprob, ...] | None:
 
 
 def _best(pairs: Sequence[tuple[Any, Any]], top: int) -> tuple[tuple[str, float], ...]:
-    found = [(encodable(token), read_logprob(value)) for token, value in pairs]
-    possible = [pair for pair in found if pair[1] > -math.inf]
+    tops = [(encodable(token), read_logprob(value)) for token, value in pairs]
+    possible = [pair for pair in tops if pair[1] > -math.inf]
     return tuple(sorted(possible, key=lambda pair: -pair[1])[:top])
 
 

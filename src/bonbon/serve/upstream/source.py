@@ -14,7 +14,7 @@ from bonbon.groups.prompts import EncodedPrompt
 from bonbon.remote.client import FaultError
 from bonbon.remote.completions_api import Offer
 from bonbon.sampling.cost import Candidates, Cost
-from bonbon.serve.backend import BackendError, Job, TokenLogprob
+from bonbon.serve.backend import AnswerJob, BackendError, TokenLogprob
 from bonbon.serve.upstream.client import UpstreamClient, error_of
 from bonbon.serve.upstream.protocol import (
     Reply,
@@ -36,7 +36,7 @@ class UpstreamSource:
     """A `Source` for one job: its strategy's thread draws from the upstream through the loop."""
 
     def __init__(
-        self, client: UpstreamClient, job: Job, model: str, offer: Offer, cutoff: float
+        self, client: UpstreamClient, job: AnswerJob, model: str, offer: Offer, cutoff: float
     ) -> None:
         self.config = job.sampling.model_copy(update={"seed": 0})  # see `stream_id`
         self.prompt_tokens = 0
@@ -98,11 +98,11 @@ class UpstreamSource:
     async def _candidate(self, k: int, losses: list[Cost]) -> Reply | FaultError | BackendError:
         """Candidate k, or why it did not come; `losses` gets what its useless replies cost."""
 
-        def read(found: Any) -> Reply:
+        def read(reply: Any) -> Reply:
             try:
-                return read_reply(found, self._job)
+                return read_reply(reply, self._job)
             except Exception:
-                losses.append(spent_on(found))
+                losses.append(spent_on(reply))
                 raise
 
         body = request_body(self._job, self._model, self._off, k)
