@@ -5,9 +5,11 @@ INSTALLED := $(VENV)/.installed
 DEMO_OUT := bonbon-demo
 # In front of true servers, which take long to start; the engine's own tests run in its environment.
 WITH_VLLM := tests/end_to_end/test_vllm.py tests/end_to_end/test_remote_vllm.py
+# Folders whose tests are mostly quick; collecting the others would take longer than running these.
+QUICK := $(addprefix tests/,config demo evaluation groups objectives planning report runs system tilt)
 export BONBON_VLLM_ENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bonbon/vllm-env
 
-.PHONY: setup test test-vllm lint demo demo-short clean
+.PHONY: setup test quick test-vllm lint demo demo-short clean
 
 setup: $(INSTALLED)
 
@@ -19,8 +21,12 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 test: setup
-	$(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	$(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15 \
 		$(addprefix --ignore=,$(WITH_VLLM) tests/models/test_vllm_engine.py)
+
+# What loads no model and starts no process, server or browser; tests/conftest.py sets the marks.
+quick: setup
+	$(PYTHON) -m pytest -q -m "not (model or process or server or browser)" $(QUICK)
 
 # With vLLM itself, which has an environment of its own outside the checkout (a long download, once).
 test-vllm: setup
@@ -32,6 +38,8 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PYTHON) scripts/check_layout.py
 
 # Both go on with an earlier demo in the same folder; `make clean` removes it.
 demo: setup

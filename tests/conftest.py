@@ -23,18 +23,44 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for each core alrea
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    pass
+MODEL_FIXTURES = {"stories260k", "tiny_model", "tiny_reward_model"}
+# Marks of whole files and folders; tests elsewhere are marked by their fixtures and calls.
+MARKS = {
+    "model": (
+        "cluster", "decoding/test_choosers.py", "decoding/test_stepwise.py", "demo", "end_to_end",
+        "evaluation/test_human_text.py", "evaluation/test_kl.py", "evaluation/test_lm_eval.py",
+        "models", "objectives/test_tabular.py", "rewards", "runs/test_storage.py", "sampling",
+        "serve/test_serve_local.py", "stages", "training",
+    ),
+    "process": ("cluster", "training/test_distributed.py", "end_to_end/test_resume.py"),
+    "server": (
+        "evaluation/test_judge.py", "rewards/test_openai_reward.py", "runs/test_storage.py",
+        "sampling/test_openai_sampler.py", "serve",
+    ),
+    "browser": ("report/test_report_browser.py",),
+}  # fmt: skip
+
+
+def _marks_of(item: pytest.Item) -> set[str]:
+    place = item.path.relative_to(Path(__file__).parent).as_posix()
+    marks = {mark for mark, places in MARKS.items() if place.startswith(places)}
+    if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
+        marks.add("model")
+    if "subprocess" in item.function.__code__.co_names:  # type: ignore[attr-defined]
+        marks.add("process")
+    return marks
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker is left with one when the others are done."""
+    """Mark what is slow, and put the longest files first, so that no worker is left with one."""
     longest = ("test_resume.py", "test_pipeline.py")
     items.sort(key=lambda item: item.path.name not in longest)
+    for item in items:
+        for mark in _marks_of(item):
+            item.add_marker(mark)
 
 
 @pytest.fixture(autouse=True)
