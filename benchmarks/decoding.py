@@ -1,16 +1,16 @@
-"""What each decoding strategy gets for its tokens, beside best-of-n.
+"""Reward and win rate of each decoding strategy for its tokens, compared with best-of-n.
 
     python benchmarks/decoding.py run --setting stories260K --out build/decoding
     python benchmarks/decoding.py report --out build/decoding --plots docs
 
-`run` answers the same prompts by every strategy at several n and keeps one JSON file each, so that
-it can be stopped and gone on with. Best-of-n itself is known for every n from one set of draws a
-prompt, by the unbiased estimator over all subsets. `report` prints a table a setting: reward, win
-rate against the base model, tokens an answer, and the ratio between the tokens that best-of-n needs
-for the same reward and those that were spent. `--plots` draws reward and win rate against tokens.
+`run` answers the same prompts with every strategy at several n and keeps one JSON file each, so
+that it can be stopped and resumed. Best-of-n is computed for every n from one set of draws a
+prompt, by the unbiased estimator over all subsets. `report` prints a table for each setting:
+reward, win rate against the base model, tokens an answer, and the tokens that best-of-n needs for
+the same reward / the tokens spent. `--plots` plots reward and win rate against tokens.
 
-The reward's own tokens are not counted: a strategy that scores partial completions calls the reward
-more often, which the columns `scored` and `seconds` show.
+The reward model's tokens are not counted: a strategy that scores partial completions calls it more
+often, which the columns `scored` and `seconds` show.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """A strategy at one n."""
+    """A strategy with its settings at one n."""
 
     label: str
     strategy: dict[str, Any]
@@ -93,17 +93,17 @@ class Arm:
 
 
 def mood(completion: str) -> str:
-    """What the voting strategies vote on here: whether a story is sad, neither, or happy."""
+    """Classify a story as sad, neither, or happy; the voting strategies vote on this."""
     score = float(compound([""], [completion])[0])
     return "sad" if score < -0.3 else "happy" if score > 0.3 else "neither"
 
 
-# Scores of stories260K lie in [−1, 1], those of the demo's reward model in about [−10, 12].
+# Rewards of stories260K are in [−1, 1], those of the demo's reward model in about [−10, 12].
 SCALE = {"stories260K": 1.0, "demo": 8.0}
 
 
 def arms(setting: Setting) -> list[Arm]:
-    """Every strategy at every n; those with a knob that buys tokens at several settings."""
+    """List every strategy at every n, and adaptive_n at several prices."""
     scale, tokens = SCALE[setting.name], setting.tokens
     vote = {"extractor": "decoding:mood"}
     strategies: dict[str, dict[str, Any]] = {
@@ -127,25 +127,25 @@ def arms(setting: Setting) -> list[Arm]:
         "shortest_majority_vote": {"name": "shortest_majority_vote", **vote},
         "reward_weighted_vote": {"name": "reward_weighted_vote", **vote, "tau": 0.2 * scale},
     }  # fmt: skip
-    found = [Arm(label, strategy, n) for n in setting.ns for label, strategy in strategies.items()]
+    listed = [Arm(label, strategy, n) for n in setting.ns for label, strategy in strategies.items()]
     for price in (1e-3, 2.5e-4, 6e-5):
-        found.append(
+        listed.append(
             Arm(
                 f"adaptive_n price {price:g}",
                 {"name": "adaptive_n", "price": price * scale, "batch": 2},
                 max(setting.ns),
             )
         )
-    return found
+    return listed
 
 
 # --- run ------------------------------------------------------------------------------------------
 
 
 class KeptDraws(LocalSource):
-    """A source that keeps its last draws: every strategy of whole draws asks for the same ones.
+    """A source that caches its last draws: strategies of whole draws ask for the same ones.
 
-    A draw's cost, seconds included, is that of when it was made.
+    A draw's cost, seconds included, is that of its first time.
     """
 
     kept: ClassVar[dict[str, list[Candidates]]] = {}
@@ -181,7 +181,7 @@ def run(setting: Setting, out: Path) -> None:
 def _base(
     path: Path, model: Any, tokenizer: Any, setting: Setting, reward: Reward, rows: list[PromptRow]
 ) -> Floats:
-    """Rewards of the base model's draws, (prompts, BASE_DRAWS)."""
+    """Return the rewards of the base model's draws, (prompts, BASE_DRAWS)."""
     if not path.exists():
         config = SamplingConfig(n=BASE_DRAWS, max_new_tokens=setting.tokens, seed=1000)
         sampler = TransformersSampler(model, tokenizer, config, stream="base")
@@ -196,7 +196,7 @@ def _base(
 def _measured(
     arm: Arm, generations: Sequence[Generation], base: Floats, reward: Reward
 ) -> dict[str, Any]:
-    """Figures of an arm; its answers are scored anew, as some strategies score none."""
+    """Compute an arm's figures; its answers are scored again, as some strategies score none."""
     texts = [generation.completion for generation in generations]
     prompts = [generation.group.prompt for generation in generations]
     rewards = np.asarray(reward(prompts, texts)).reshape(len(SEEDS), -1)
@@ -214,7 +214,7 @@ def _measured(
 
 
 def _mean(per_prompt: Floats) -> tuple[float, float]:
-    """The mean over prompts and its standard error."""
+    """Return the mean over prompts and its standard error."""
     return float(per_prompt.mean()), float(per_prompt.std(ddof=1) / math.sqrt(len(per_prompt)))
 
 
@@ -223,7 +223,7 @@ def _mean(per_prompt: Floats) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Curve:
-    """Best-of-k for every k up to a half of the base draws: tokens, reward and win rate."""
+    """Best-of-k for every k up to half of the base draws: tokens, reward and win rate."""
 
     tokens: Floats
     reward: Floats
@@ -231,15 +231,15 @@ class Curve:
 
     @classmethod
     def of(cls, path: Path) -> Curve:
-        found = json.loads(path.read_text())
-        base = np.array(found["rewards"])
+        record = json.loads(path.read_text())
+        base = np.array(record["rewards"])
         half = base.shape[1] // 2
         rewards = np.mean([best_of_k_means(row[:half], row[:half]) for row in base], axis=0)
         wins = np.mean([_win_rates(row[:half], row[half:]) for row in base], axis=0)
-        return cls(np.arange(1, half + 1) * found["tokens"], rewards, wins)
+        return cls(np.arange(1, half + 1) * record["tokens"], rewards, wins)
 
     def tokens_for(self, reward: float) -> float:
-        """The tokens that best-of-k needs for a mean reward; NaN below the curve, inf beyond."""
+        """Return best-of-k's tokens for a mean reward; NaN below the curve, inf above."""
         if reward < self.reward[0]:
             return math.nan
         if reward > self.reward[-1]:
@@ -258,9 +258,9 @@ def report(out: Path, plots: Path | None) -> None:
         if not (folder / "base.json").exists():
             continue
         curve = Curve.of(folder / "base.json")
-        found = [json.loads(path.read_text()) for path in sorted(folder.glob("*-n*.json"))]
+        results = [json.loads(path.read_text()) for path in sorted(folder.glob("*-n*.json"))]
         order = [arm.key for arm in sorted(arms(SETTINGS[name]), key=_place)]
-        keyed = {Arm(row["label"], row["strategy"], row["n"]).key: row for row in found}
+        keyed = {Arm(row["label"], row["strategy"], row["n"]).key: row for row in results}
         rows = [keyed[key] for key in order if key in keyed]
         _table(name, curve, rows)
         if plots is not None:
@@ -268,7 +268,7 @@ def report(out: Path, plots: Path | None) -> None:
 
 
 def _place(arm: Arm) -> tuple[int, int]:
-    """By strategy, as they were named first, and then by n."""
+    """Return the sort key of an arm: the strategy, in the order of `arms`, and then n."""
     labels = list(dict.fromkeys(other.label for other in arms(SETTINGS["demo"])))
     return (labels.index(arm.label) if arm.label in labels else len(labels)), arm.n
 

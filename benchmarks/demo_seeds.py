@@ -1,8 +1,8 @@
-"""The demo over several seeds: what each model recovers of best-of-8's gain, at what efficiency.
+"""The demo over several seeds: the share of best-of-8's gain that each model recovers, and its KL.
 
     python benchmarks/demo_seeds.py --out build/demo-seeds [--seeds 0 1 2]
 
-Prints a row for every seed and model, and each model's mean. A finished seed is not run again.
+Prints a row for every seed and model, and each model's mean. Finished seeds are skipped.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Which objective gets how much of best-of-n, at what KL, from the same groups.
+"""Comparison of the objectives: how much of best-of-n's gain each reaches, and at what KL.
 
     python benchmarks/objectives.py run --out build/objectives [--threads 1]
     python benchmarks/objectives.py report --out build/objectives --document docs/benchmarks.md
 
 `run` trains every method at every learning rate of one grid on the same groups (m completions a
-prompt) by the shipped trainer, evaluates on held-out prompts, and keeps one JSON file a training;
-it can be stopped, gone on with, and started several times side by side. `report` turns what is
-there into a document of tables and plots. Each figure of a table is a mean over seeds (a seed has
-groups of its own) with its standard error. Learning rates are chosen on one half of the held-out
-prompts and all figures are of the other half.
+prompt) with the shipped trainer, evaluates on held-out prompts, and keeps one JSON file a training;
+it can be stopped, resumed, and started several times in parallel. `report` turns the results so far
+into a document of tables and plots. Each figure of a table is a mean over seeds (each seed has its
+own groups) with its standard error. Learning rates are chosen on one half of the held-out prompts,
+and all figures are from the other half.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from bonbon.training.trainer import BoNBoNConfig, BoNBoNTrainer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DRAWN = 8  # m, completions a group
-LEARNING_RATES = (1e-4, 4e-5, 2.5e-4)  # the grid, in the order it is done
+LEARNING_RATES = (1e-4, 4e-5, 2.5e-4)  # the grid, in the order of the trainings
 SEEDS = (0, 1, 2)
 BATCH, K, LARGEST_N = 16, 8, 32
-DEVELOPMENT, TEST = 0, 1  # the first of every second held-out prompt
+DEVELOPMENT, TEST = 0, 1  # every second held-out prompt, from this one on
 
 
 # --- settings and methods -------------------------------------------------------------------------
@@ -59,7 +59,7 @@ DEVELOPMENT, TEST = 0, 1  # the first of every second held-out prompt
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, a reward and prompts; models are evaluated after these shares of their steps."""
+    """A model, a reward and prompts; models are evaluated at `evaluate_at`, shares of the steps."""
 
     name: str
     model: Path
@@ -103,7 +103,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Method:
-    """An objective and its target. `more` times the groups are drawn of each prompt."""
+    """An objective and its target. Each prompt has `more` groups."""
 
     objective: str
     n: int = 8
@@ -120,7 +120,7 @@ class Method:
 
     @property
     def epochs(self) -> float:
-        """Two, or one where there are more groups."""
+        """The epochs of training: two, or one where there are more groups."""
         return 2.0 if self.more == 1 else 1.0
 
 
@@ -162,8 +162,8 @@ OTHER_N = (
 
 
 @dataclass(frozen=True)
-class Job:
-    """One training."""
+class Training:
+    """A training run: setting, method, learning rate and seed."""
 
     setting: str
     method: Method
@@ -175,8 +175,8 @@ class Job:
         return out / self.setting / "results" / name
 
 
-def jobs() -> Iterator[Job]:
-    """Every training, the most telling ones first."""
+def trainings() -> Iterator[Training]:
+    """Yield every training, the most informative ones first."""
     middle, low, high = LEARNING_RATES
     pairs = tuple(method for method in CORE if method.objective == "bonbon")
     others = tuple(method for method in CORE if method not in pairs)
@@ -198,14 +198,14 @@ def jobs() -> Iterator[Job]:
         for rate in rates:
             for method in methods:
                 for seed in SEEDS:
-                    yield Job(setting, method, rate, seed)
+                    yield Training(setting, method, rate, seed)
 
 
 # --- groups ---------------------------------------------------------------------------------------
 
 
 def draw(setting: Setting, split: str, n: int, seed: int, folder: Path) -> list[Group]:
-    """The base model's scored groups, drawn once and kept in `folder`."""
+    """Return the base model's scored groups, drawn once and kept in `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_suffix(".lock")):
         if not (folder / "shard-00000.parquet").exists():
@@ -221,7 +221,7 @@ def draw(setting: Setting, split: str, n: int, seed: int, folder: Path) -> list[
 
 
 def training_groups(setting: Setting, method: Method, seed: int, out: Path) -> list[Group]:
-    """`more` groups of m draws a prompt; of n draws where the objective is tied to them."""
+    """Return `more` groups a prompt: of m draws, or of n where the objective requires n."""
     size = DRAWN if OBJECTIVES[method.objective].any_tilt else min(method.n, DRAWN)
     folder = out / setting.name / f"groups-x{method.more}-seed{seed}"
     drawn = draw(setting, "train", DRAWN * method.more, seed, folder)
@@ -230,7 +230,7 @@ def training_groups(setting: Setting, method: Method, seed: int, out: Path) -> l
 
 
 def part(group: Group, start: int, size: int) -> Group:
-    """`size` of a group's completions, as a group."""
+    """Return `size` of a group's completions as a group."""
     assert group.rewards is not None
     columns = slice(start, start + size)
     return replace(
@@ -245,7 +245,7 @@ def part(group: Group, start: int, size: int) -> Group:
 
 
 class locked:  # noqa: N801 (a context manager)
-    """Holds a file lock, so that workers side by side do nothing twice."""
+    """A file lock, so that parallel workers do nothing twice."""
 
     def __init__(self, path: Path, wait: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ class locked:  # noqa: N801 (a context manager)
 
 
 class Bench:
-    """What a worker holds of a setting: the base model, the reward and the base's draws."""
+    """A worker's data for a setting: the base model, the reward and the base's draws."""
 
     def __init__(self, setting: Setting, out: Path) -> None:
         self.setting = setting
@@ -276,10 +276,10 @@ class Bench:
         folder = out / setting.name / "evaluation"
         self.evaluation = draw(setting, "eval", K + LARGEST_N, 1, folder)
 
-    def train(self, job: Job) -> list[dict[str, Any]]:
-        """Train as the job says; the measurements, one a point of `evaluate_at`."""
-        groups = training_groups(self.setting, job.method, job.seed, self.out)
-        method, points = job.method, list[dict[str, Any]]()
+    def train(self, training: Training) -> list[dict[str, Any]]:
+        """Run a training; return its measurements, one for each point of `evaluate_at`."""
+        groups = training_groups(self.setting, training.method, training.seed, self.out)
+        method, points = training.method, list[dict[str, Any]]()
         steps = round(method.epochs * np.ceil(len(groups) / BATCH))
         at = {max(1, round(share * steps)) for share in self.setting.evaluate_at}
         bench, began, measuring = self, time.monotonic(), 0.0
@@ -289,7 +289,7 @@ class Bench:
                 nonlocal measuring
                 if state.global_step in at:
                     start = time.monotonic()
-                    point = bench.measure(kwargs["model"], job)
+                    point = bench.measure(kwargs["model"], training)
                     point |= {"step": state.global_step, "seconds": start - began - measuring}
                     points.append(point)
                     measuring += time.monotonic() - start
@@ -299,13 +299,13 @@ class Bench:
             objective=method.objective,
             tilt=method.tilt,
             n=method.n,
-            learning_rate=job.learning_rate,
+            learning_rate=training.learning_rate,
             max_steps=steps,
             per_device_train_batch_size=BATCH,
             max_batch_tokens=4096,
             adam_beta2=0.98,
             warmup_steps=0.05,
-            seed=job.seed,
+            seed=training.seed,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -322,11 +322,11 @@ class Bench:
         trainer.train()
         return points
 
-    def measure(self, policy: Any, job: Job) -> dict[str, Any]:
-        """Per prompt: wins against the base's draws, KL and lengths; and distinct-2."""
+    def measure(self, policy: Any, training: Training) -> dict[str, Any]:
+        """Measure wins against the base's draws, KLs and lengths by prompt, and distinct-2."""
         policy.eval()
         config = SamplingConfig(n=K, max_new_tokens=self.setting.tokens, seed=1)
-        sampler = TransformersSampler(policy, self.tokenizer, config, f"{job.method.key}")
+        sampler = TransformersSampler(policy, self.tokenizer, config, f"{training.method.key}")
         groups = sampler.sample(sampler.encode(self.setting.rows("eval")))
         rewards = score_groups(self.reward, groups)
         kls = completion_kls(policy, self.base, groups)
@@ -341,7 +341,7 @@ class Bench:
 
 
 def distinct_2(groups: Iterable[Group]) -> float:
-    """Different pairs of neighbouring tokens over all of them (Li et al. 2016)."""
+    """Compute distinct / all pairs of neighbouring tokens (Li et al. 2016)."""
     pairs = [
         pair
         for group in groups
@@ -352,10 +352,10 @@ def distinct_2(groups: Iterable[Group]) -> float:
 
 
 def run(out: Path) -> None:
-    """Do every job that no other worker does."""
+    """Run every training that no other worker runs."""
     benches: dict[str, Bench] = {}
-    for job in jobs():
-        path = job.path(out)
+    for training in trainings():
+        path = training.path(out)
         if path.exists():
             continue
         try:
@@ -365,13 +365,13 @@ def run(out: Path) -> None:
         with lock:
             if path.exists():
                 continue
-            if job.setting not in benches:
-                benches[job.setting] = Bench(SETTINGS[job.setting], out)
-            points = benches[job.setting].train(job)
-            write_json(path, {"job": asdict(job), "points": points})
+            if training.setting not in benches:
+                benches[training.setting] = Bench(SETTINGS[training.setting], out)
+            points = benches[training.setting].train(training)
+            write_json(path, {"job": asdict(training), "points": points})
             last = points[-1]
             print(
-                f"{path.stem} ({job.setting}): win rate {np.mean(last['wins']):.3f} at "
+                f"{path.stem} ({training.setting}): win rate {np.mean(last['wins']):.3f} at "
                 f"{np.mean(last['kls']):.2f} nats, {last['seconds']:.0f} s",
                 flush=True,
             )
@@ -393,13 +393,13 @@ class Point:
 
     @property
     def efficiency(self) -> float:
-        """The least KL for this win rate over the measured KL."""
+        """The least KL for this win rate / the measured KL."""
         return float(kl_efficiency(self.win_rate, self.kl))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A method in a setting: for each learning rate and seed, the points along its training."""
+    """A method in a setting: the points along its training, by learning rate and seed."""
 
     setting: str
     method: Method
@@ -411,10 +411,10 @@ class Curve:
         return sorted({seed for _, seed in self.test})
 
     def best_rate(self) -> float:
-        """The learning rate with the best mean score at the end, on the development prompts.
+        """Return the learning rate with the best mean final score, on the development prompts.
 
-        The score is the KL efficiency of models that recover 0.8 of best-of-n's gain; where none
-        does, what is recovered counts.
+        The score is the KL efficiency if the models recover 0.8 of best-of-n's gain; if none does,
+        it is the recovered share.
         """
         runs = Counter(rate for rate, _ in self.development)
         rates = sorted(rate for rate in runs if runs[rate] == max(runs.values()))
@@ -431,22 +431,22 @@ class Curve:
         return [points[-1] for (r, _), points in sorted(self.test.items()) if r == rate]
 
     def efficiency_at(self, recovered: float, best_win_rate: float) -> list[float]:
-        """Each seed's KL efficiency where its curve reaches `recovered`, NaN if it does not.
+        """Return each seed's KL efficiency where its curve reaches `recovered`, NaN if it does not.
 
-        The curve goes from the base model through all of a seed's points in order of what they
-        recover, skipping points that another one beats in both. √KL is interpolated on it linearly,
-        since for small changes of a policy what is gained is proportional to it.
+        The curve goes from the base model through a seed's points in order of the recovered share,
+        and skips points that are worse than another in both. √KL is interpolated linearly, since
+        the gain is proportional to it for small changes of a policy.
         """
         win = 0.5 + recovered * (best_win_rate - 0.5)
         least = float(optimal_kl(win))
-        found = []
+        efficiencies = []
         for seed in self.seeds:
             points = [p for (_, s), ps in self.test.items() if s == seed for p in ps]
             gains, kls = _envelope(points)
             reached = gains[-1] >= recovered
             kl = float(np.interp(recovered, gains, np.sqrt(kls))) ** 2
-            found.append(least / kl if reached else np.nan)
-        return found
+            efficiencies.append(least / kl if reached else np.nan)
+        return efficiencies
 
 
 def _envelope(points: Sequence[Point]) -> tuple[list[float], list[float]]:
@@ -459,15 +459,15 @@ def _envelope(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 
 def load_curves(out: Path) -> list[Curve]:
-    """What `run` has left in `out`, by setting and method."""
-    found: dict[tuple[str, Method], list[dict[str, Any]]] = defaultdict(list)
+    """Read the results of `run` in `out`, by setting and method."""
+    records_of: dict[tuple[str, Method], list[dict[str, Any]]] = defaultdict(list)
     for path in sorted(out.glob("*/results/*.json")):
         record = json.loads(path.read_text())
-        found[record["job"]["setting"], Method(**record["job"]["method"])].append(record)
+        records_of[record["job"]["setting"], Method(**record["job"]["method"])].append(record)
     more = [method for methods in MORE.values() for method in methods]
     order = {method: i for i, method in enumerate((*CORE, *more, *FURTHER, *OTHER_N))}
     curves = []
-    for (name, method), records in found.items():
+    for (name, method), records in records_of.items():
         folder = out / name / "evaluation"
         development, test = (
             {
@@ -484,7 +484,7 @@ def load_curves(out: Path) -> list[Curve]:
 
 @dataclass(frozen=True)
 class BaseHalf:
-    """Of every second held-out prompt: best-of-n's win rate, and the base's length in tokens."""
+    """Figures of every second held-out prompt: best-of-n's win rate, the base's mean tokens."""
 
     best_win_rate: float
     length: float
@@ -492,7 +492,7 @@ class BaseHalf:
 
 @lru_cache
 def base_half(folder: Path, start: int, n: int) -> BaseHalf:
-    """From the base's m + n draws a prompt in `folder`, for the prompts start, start + 2, …"""
+    """Compute the figures of the prompts start, start + 2, … from the base's draws in `folder`."""
     groups = list(read_groups(folder))[start::2]
     rewards = [group.rewards or () for group in groups]
     return BaseHalf(
@@ -514,7 +514,7 @@ def _point(values: dict[str, Any], base: BaseHalf, start: int) -> Point:
 
 
 def mean_error(values: Sequence[float], digits: int = 3) -> str:
-    """Mean ± standard error; a dash where a seed has no value."""
+    """Format mean ± standard error; a dash where a seed has no value."""
     if not values or any(np.isnan(values)):
         reached = sum(not np.isnan(value) for value in values)
         return f"– ({reached} of {len(values)} seeds)" if reached else "–"
@@ -523,7 +523,7 @@ def mean_error(values: Sequence[float], digits: int = 3) -> str:
 
 
 def table(curves: Sequence[Curve], best_win_rate: float) -> list[str]:
-    """One row a method: at its best learning rate, and along its curve."""
+    """Tabulate the methods, each at its best learning rate and along its curve."""
     lines = [
         "| method | seeds | lr | win rate | KL (nats) | recovered | KL efficiency | "
         "… at recovered 0.8 | … at 1.0 | length change | distinct-2 | seconds |",
@@ -550,7 +550,7 @@ def table(curves: Sequence[Curve], best_win_rate: float) -> list[str]:
 
 
 def plot(curves: Sequence[Curve], n: int, path: Path) -> None:
-    """Win rate against KL, a line a method through its points averaged over seeds."""
+    """Plot win rate against KL: for each method a line through its means over seeds."""
     from bonbon.report.paper_plots import plot_curves
 
     lines = {}
@@ -574,7 +574,7 @@ TITLES = {
 
 
 def report(out: Path, document: Path) -> None:
-    """Tables and plots of all that `run` has done so far, between the document's markers."""
+    """Write tables and plots of the results so far between the document's markers."""
     curves, lines = load_curves(out), list[str]()
     for name in dict.fromkeys(curve.setting for curve in curves):
         setting = SETTINGS[name]

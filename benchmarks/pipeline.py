@@ -1,15 +1,15 @@
-"""What the pipeline itself costs: prompts → samples → groups → batches, with no model at work.
+"""The cost of the pipeline itself: prompts → samples → groups → batches, without a model.
 
     python benchmarks/pipeline.py                    # 10,000, 100,000 and 1,000,000 groups of 2
     python benchmarks/pipeline.py --groups 125000 --n 8 --tokens 64    # a million completions
 
-Every size runs in a process of its own: seconds and peak memory of each stage, the same code that a
-run uses, with everything written to disk and read back. The fake sampler hands out completions that
-were made beforehand, so what is measured is the reading, tokenising, converting and writing.
-`train` selects the best and the worst of each group and lays out the batches of an epoch. Memory is
-what the process has (rss), and what of it is its own: the rest are pages of files, which the system
-may drop at any time. The last column is the share that all this is of a run whose model draws
-`--model-tokens-per-second`, and does nothing else.
+Every size runs in its own process. Measured are seconds and peak memory of each stage, with the
+code of a real run; everything is written to disk and read back. The fake sampler returns
+completions made beforehand, so only reading, tokenising, converting and writing are measured.
+`train` selects the best and the worst of each group and makes the batches of an epoch. Memory is
+that of the process (rss), and the part that is its own: the rest are pages of files, which the
+system may drop at any time. The last column is the share of all this in a run whose model draws
+`--model-tokens-per-second` and does nothing else.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PROMPT = "Once upon a time, there was a little girl who had a red ball. One day,
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage's seconds, and the memory of its process (MiB) in its course."""
+    """A stage's seconds, and the memory of its process (MiB) over time."""
 
     stage: str
     seconds: float
@@ -61,7 +61,7 @@ class Measured:
 
 
 class FakeSampler:
-    """Hands out the same completions to every prompt."""
+    """A sampler that returns the same completions for every prompt."""
 
     def __init__(self, n: int, tokens: int) -> None:
         self.config = SamplingConfig(n=n, max_new_tokens=tokens)
@@ -109,8 +109,8 @@ def write_prompt_file(path: Path, count: int) -> None:
 
 
 @contextmanager
-def watched(stage: str, found: list[Measured]) -> Iterator[None]:
-    """Memory ten times a second while a stage runs."""
+def watched(stage: str, measurements: list[Measured]) -> Iterator[None]:
+    """Measure seconds, and memory ten times a second, while a stage runs."""
     sizes: list[float] = []
     own: list[float] = []
     done = threading.Event()
@@ -130,18 +130,18 @@ def watched(stage: str, found: list[Measured]) -> Iterator[None]:
     tenth = max(1, len(sizes) // 10)
     sizes, own = sizes or [held("VmRSS")], own or [held("RssAnon")]
     first, last = np.mean(sizes[:tenth]), np.mean(sizes[-tenth:])
-    found.append(Measured(stage, seconds, float(first), float(last), max(sizes), max(own)))
+    measurements.append(Measured(stage, seconds, float(first), float(last), max(sizes), max(own)))
 
 
 def held(what: str) -> float:
-    """MiB that the process holds now: VmRSS, all, or RssAnon, its own."""
+    """Return the MiB that the process holds now: VmRSS (all) or RssAnon (its own)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) / 1024
 
 
 def measure(groups: int, n: int, tokens: int, folder: Path) -> list[Measured]:
-    """All stages on `groups` prompts, in this process."""
-    found: list[Measured] = []
+    """Measure all stages on `groups` prompts, in this process."""
+    measurements: list[Measured] = []
     config = RunConfig.model_validate(
         {
             "model": {"name": str(STORY_MODEL)},
@@ -152,24 +152,24 @@ def measure(groups: int, n: int, tokens: int, folder: Path) -> list[Measured]:
     write_prompt_file(config.prompts.path, groups)
     tokenizer, context = named_tokenizer(config.model, config.sampler)
     sampler = FakeSampler(n, tokens)
-    with watched("prompts", found):
+    with watched("prompts", measurements):
         rows = iter_prompts(config.prompts.path)
         encoded = iter_encoded(rows, tokenizer, max_tokens=context)
         write_prompts(encoded, folder / "prompts", config.sampling.shard_size)
-    with watched("sample", found):
+    with watched("sample", measurements):
         work = ShardWork(folder / "prompts", folder / "samples", drawing(sampler), {})
         work_through(work, "sampling")
-    with watched("score", found):
+    with watched("score", measurements):
         work = ShardWork(folder / "samples", folder / "groups", scoring(fake_reward), {})
         work_through(work, "scoring")
-    with watched("train", found):
+    with watched("train", measurements):
         selection = selected(open_groups(folder / "groups"), best_and_worst, folder)
         assert selection is not None
         collator = GroupCollator(pad_id=0)
         groups_of = PartsDataset(selection.groups)
         for parts in GroupBatches(selection.groups.shapes, BATCH, BATCH_TOKENS, seed=0):
             collator([groups_of[part] for part in parts])
-    return found
+    return measurements
 
 
 def show(groups: int, n: int, tokens: int, rate: float, stages: Sequence[Measured]) -> None:
@@ -197,8 +197,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(args.groups[0], args.n, args.tokens, Path(folder))
-        print(json.dumps([asdict(it) for it in found]))
+            measurements = measure(args.groups[0], args.n, args.tokens, Path(folder))
+        print(json.dumps([asdict(it) for it in measurements]))
         return
     print(f"n = {args.n}, at most {args.tokens} tokens a completion; memory in MiB")
     print("   groups stage     seconds µs/completion  rss first     last     peak  own peak")

@@ -1,10 +1,10 @@
-"""How long a report takes to write and to open in Chromium.
+"""Time to write a report and to open it in Chromium.
 
     python benchmarks/report.py [prompts] [models]
 
-Makes up a run of 2,000 prompts, 8 completions of about 500 characters of each of 2 models and of
-the base model (and 8 more for best-of-8), writes its report, and opens it several times in headless
-Chromium (selenium, chromium and chromedriver are needed). Prints the file's size and the medians.
+Generates a run of 2,000 prompts with 8 completions of about 500 characters from each of 2 models
+and the base model (and 8 more for best-of-8), writes its report, and opens it several times in
+headless Chromium (needs selenium, chromium and chromedriver). Prints the file's size and medians.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def make_run(folder: Path, prompts: int, models: Sequence[str]) -> None:
-    """A run's folder with made-up completions and figures."""
+    """Write a run's folder with generated completions and figures."""
     rng = np.random.default_rng(0)
     words = np.array(PROMPTS.read_text(encoding="utf-8").replace('"', " ").split())
     for name, draws in {"base": K + N, **dict.fromkeys(models, K)}.items():
@@ -111,7 +111,7 @@ def _figures(index: int) -> dict[str, Any]:
 
 
 def opened(path: Path) -> list[list[float]]:
-    """DOMContentLoaded, first paint and when the first completions are shown, in ms, by run."""
+    """Measure DOMContentLoaded, first paint and first completions shown, in ms, by run."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()

@@ -1,15 +1,15 @@
-"""Tokens per second of `TransformersSampler` beside `model.generate` and vLLM, and what bounds it.
+"""Tokens per second of `TransformersSampler`, `model.generate` and vLLM, and their limits.
 
     python benchmarks/sampling.py [--quick] [--document docs/benchmarks-speed.md]
     python benchmarks/sampling.py --device cuda --dtype bfloat16 --models 100m 1b --rows 512
 
-All draw n completions of the same prompts from the same random Llamas: random prompts of exactly so
-many tokens, completions of exactly so many, since no token ends them. Each side gets the best of
-two batch sizes, chosen in a first run; then they take turns, each turn with new prompts, and the
-figures are medians. vLLM stands in an environment of its own (scripts/setup_vllm.sh), as a process
-that waits while others run; it gets all prompts at once, shares prefixes and is compiled.
+All draw n completions of the same prompts from the same random Llamas. Prompts are random; prompts
+and completions have fixed lengths, since no token ends a completion. Each side uses the better of
+two batch sizes, chosen in a first run; then the sides take turns, each turn with new prompts, and
+the figures are medians. vLLM runs in its own environment (scripts/setup_vllm.sh), as a process that
+waits while others run; it gets all prompts at once, shares prefixes and is compiled.
 
-Our sampler also returns the tokens' log-probabilities and texts; the others are asked for neither.
+Our sampler also returns the tokens' log-probabilities and texts; the others do not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import numpy as np
 
 CONTEXT = 2048
 BEGIN, END = "<!-- benchmarks/{name} writes from here -->", "<!-- {name}: to here -->"
-# stories260K has heads of 8, which vLLM's attention on a CPU lacks: here they are fewer and wider.
+# vLLM's attention on a CPU does not support stories260K's head size of 8; here heads are wider.
 LLAMAS: dict[str, dict[str, Any]] = {
     "260k": {
         "vocab_size": 512,
@@ -76,7 +76,7 @@ Prompts = list[list[int]]
 
 @dataclass(frozen=True)
 class Cell:
-    """What is drawn: `rows` completions in all, n of each prompt."""
+    """The completions to draw: `rows` in all, n of each prompt."""
 
     prompt: int
     completion: int
@@ -100,7 +100,7 @@ def llama_config(name: str) -> Any:
 
 
 def word_tokenizer(vocabulary: int) -> Any:
-    """A word for each token, none of which ends a text."""
+    """Make a tokenizer with one word for each token and no end token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -124,7 +124,7 @@ def median_seconds(work: Callable[[], Any], runs: int = 5) -> float:
 
 
 def machine_peaks(device: str, dtype: Any) -> tuple[float, float]:
-    """FLOP/s of a large matrix product, by the better of two libraries, and bytes/s of reading."""
+    """Measure FLOP/s of a large matrix product, with the faster of two libraries, and bytes/s."""
     import torch
 
     from bonbon.models.fast_linear import fast_linear
@@ -143,18 +143,18 @@ def machine_peaks(device: str, dtype: Any) -> tuple[float, float]:
 
 
 def costs(config: Any, cell: Cell, batch: int, width: int) -> tuple[float, float]:
-    """The least FLOPs and bytes moved of a token drawn `batch` rows at a time, prompts read once.
+    """Compute the least FLOPs and bytes moved for a token, drawn in batches of `batch` rows.
 
-    FLOPs: two a weight and token, and the attention's products; of a prompt token without the
-    output head. Bytes: the weights once a step, of keys and values those of a prompt once for its n
-    rows and those of the row. `width` is the bytes of a number.
+    FLOPs: two a weight and token, and the attention's products; prompt tokens are without the
+    output head. Bytes: the weights once a step, a prompt's keys and values once for its n rows, and
+    the row's own keys and values. `width` is the bytes of a number.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     heads, keys = config.num_attention_heads, config.num_key_value_heads
     attention = 2 * hidden * hidden + 2 * hidden * hidden * keys // heads
     body = layers * (attention + 3 * hidden * config.intermediate_size)
     head = hidden * config.vocab_size
-    own = cell.completion / 2  # columns of its own that a row reads, on average
+    own = cell.completion / 2  # a row's own columns that it reads, on average
     per_column = 4 * layers * hidden
     read_prompt = cell.prompt * (2 * body + per_column * cell.prompt / 2)
     drawn = 2 * (body + head) + per_column * (cell.prompt + own)
@@ -163,11 +163,11 @@ def costs(config: Any, cell: Cell, batch: int, width: int) -> tuple[float, float
     return flops, width * ((body + head) / batch + cached)
 
 
-# --- the sides ------------------------------------------------------------------------------------
+# --- the samplers ---------------------------------------------------------------------------------
 
 
 class Ours:
-    """`TransformersSampler`; `batch` is its `max_batch_tokens`."""
+    """The sampler `TransformersSampler`; `batch` is its `max_batch_tokens`."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -191,7 +191,7 @@ class Ours:
 
 
 class Generate:
-    """`model.generate(num_return_sequences=n)`; `batch` is the rows at once."""
+    """The sampler `model.generate(num_return_sequences=n)`; `batch` is its rows at once."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -220,7 +220,7 @@ class Generate:
 
 
 class Vllm:
-    """vLLM in a process of its own, which is given all prompts at once."""
+    """The sampler of vLLM, in its own process; it gets all prompts at once."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -238,14 +238,14 @@ class Vllm:
     def _answer(self) -> str:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("drawn "):  # vLLM may print, too
+            if line.startswith("drawn "):  # vLLM may print other lines
                 return line.split()[1]
-        raise SystemExit("vLLM ended; run with --vllm none, or see what it said above")
+        raise SystemExit("vLLM ended; see its output above, or run with --vllm none")
 
 
 @contextmanager
 def vllm_side(folder: Path, args: argparse.Namespace) -> Iterator[Vllm | None]:
-    """vLLM with the model in `folder`; None where it is not installed."""
+    """Start vLLM with the model in `folder`; None where it is not installed."""
     if not args.vllm.exists():
         yield None
         return
@@ -253,7 +253,7 @@ def vllm_side(folder: Path, args: argparse.Namespace) -> Iterator[Vllm | None]:
         "OMP_NUM_THREADS": str(args.threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # or an engine would spin while others run
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else an engine would use the CPU while others run
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -274,7 +274,7 @@ def vllm_side(folder: Path, args: argparse.Namespace) -> Iterator[Vllm | None]:
 
 
 def serve_vllm(args: argparse.Namespace) -> None:
-    """What the other process does: a line of JSON in, the number of tokens drawn out."""
+    """Run vLLM in the other process: reads a line of JSON, prints the number of tokens drawn."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -291,8 +291,8 @@ def serve_vllm(args: argparse.Namespace) -> None:
             n=asked["n"], max_tokens=asked["tokens"], ignore_eos=True, detokenize=False
         )
         prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
-        found = engine.generate(prompts, settings, use_tqdm=False)
-        print("drawn", sum(len(c.token_ids) for out in found for c in out.outputs), flush=True)
+        outputs = engine.generate(prompts, settings, use_tqdm=False)
+        print("drawn", sum(len(c.token_ids) for out in outputs for c in out.outputs), flush=True)
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def seconds_of(side: Any, cell: Cell, batch: int, prompts: Prompts) -> float:
 def rates(
     sides: dict[str, Any], cell: Cell, runs: int, vocabulary: int
 ) -> tuple[dict[str, float], int]:
-    """Each side's median tokens per second, and the rows at once of ours."""
+    """Measure each side's median tokens per second; also return our rows at once."""
     best, seconds = {}, dict[str, list[float]]()
     first = cell.prompts(0, vocabulary)
     for name, side in sides.items():
@@ -320,8 +320,8 @@ def rates(
         for name, side in sides.items():
             seconds.setdefault(name, []).append(seconds_of(side, cell, best[name], prompts))
     tokens = cell.rows * cell.completion
-    found = {name: tokens / statistics.median(values) for name, values in seconds.items()}
-    return found, min(cell.rows, best["ours"] // (cell.prompt + cell.completion))
+    speeds = {name: tokens / statistics.median(values) for name, values in seconds.items()}
+    return speeds, min(cell.rows, best["ours"] // (cell.prompt + cell.completion))
 
 
 def lines_of(
@@ -340,9 +340,9 @@ def lines_of(
             sides: dict[str, Any] = {"ours": ours, "generate": Generate(model)}
             sides |= {"vllm": vllm} if vllm else {}
             for cell in cells:
-                found, batch = rates(sides, cell, args.runs, config.vocab_size)
+                speeds, batch = rates(sides, cell, args.runs, config.vocab_size)
                 flops, moved = costs(config, cell, batch, dtype.itemsize)
-                yield line(name, cell, found, flops * found["ours"] / peaks[0], moved, peaks[1])
+                yield line(name, cell, speeds, flops * speeds["ours"] / peaks[0], moved, peaks[1])
 
 
 HEADER = (
@@ -352,20 +352,20 @@ HEADER = (
 
 
 def line(
-    name: str, cell: Cell, found: dict[str, float], of_peak: float, moved: float, bandwidth: float
+    name: str, cell: Cell, speeds: dict[str, float], of_peak: float, moved: float, bandwidth: float
 ) -> str:
-    ours, vllm = found["ours"], found.get("vllm")
+    ours, vllm = speeds["ours"], speeds.get("vllm")
     of_bandwidth = moved * ours / bandwidth
     return (
         f"| {name} | {cell.prompt}:{cell.completion} | {cell.n} | {ours:,.0f} | "
-        f"{found['generate']:,.0f} | {f'{vllm:,.0f}' if vllm else '-'} | "
-        f"{ours / found['generate']:.2f} | {f'{ours / vllm:.2f}' if vllm else '-'} | "
+        f"{speeds['generate']:,.0f} | {f'{vllm:,.0f}' if vllm else '-'} | "
+        f"{ours / speeds['generate']:.2f} | {f'{ours / vllm:.2f}' if vllm else '-'} | "
         f"{of_peak:.0%} | {of_bandwidth:.0%} |"
     )
 
 
 def conditions(args: argparse.Namespace) -> str:
-    """The command, and what it ran on."""
+    """Describe the command, the hardware and the versions."""
     import torch
     import transformers
 
@@ -379,7 +379,7 @@ def conditions(args: argparse.Namespace) -> str:
 
 
 def write_section(document: Path, script: str, lines: Sequence[str]) -> None:
-    """Put `lines` between the script's markers in the document."""
+    """Write `lines` between the script's markers in the document."""
     from bonbon.system.atomic_files import write_text
 
     begin, end = BEGIN.format(name=script), END.format(name=script)
@@ -431,7 +431,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--vllm", type=Path, default=vllm_python(), help="the Python vLLM is in")
+    parser.add_argument(
+        "--vllm", type=Path, default=vllm_python(), help="the Python of vLLM's environment"
+    )
     parser.add_argument("--document", type=Path, help="write the table there, between its markers")
     parser.add_argument("--quick", action="store_true", help="two cells; vLLM is not compiled")
     parser.add_argument("--vllm-model", help=argparse.SUPPRESS)

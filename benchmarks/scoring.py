@@ -1,11 +1,11 @@
-"""Completions a second of `RewardModel` beside the same model called in order of arrival.
+"""Completions a second of `RewardModel`, compared with plain batches in order of arrival.
 
     python benchmarks/scoring.py [--quick] [--document docs/benchmarks-speed.md]
 
-The plain way tokenises and pads the completions batch by batch as they come; it gets the best of
-three numbers of rows a batch, chosen in a first run. `RewardModel` reads a prompt once for its n
-completions and sorts by length. Prompts have exactly so many tokens, completions from a quarter of
-the most to the most. Both give the same scores (checked), take turns, and count tokenising.
+The plain way tokenises and pads the completions batch by batch in their order; it uses the best of
+three batch sizes, chosen in a first run. `RewardModel` reads a prompt once for its n completions
+and sorts by length. Prompts have a fixed length, completions from a quarter of the maximum to the
+maximum. Both give the same scores (checked), take turns, and include tokenising.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ Scores = NDArray[np.float64]
 
 
 def reward_model(name: str, args: argparse.Namespace) -> RewardModel:
-    """The demo's, or a random Llama; over a tokenizer in which texts have exact lengths."""
+    """Load the demo's reward model, or make a random Llama; one word of a text is one token."""
     if name == "demo":
         model = LlamaForSequenceClassification.from_pretrained(REWARD_MODEL, dtype="float32")
-        model.config.max_position_embeddings = 2048  # rotary: it may read on
+        model.config.max_position_embeddings = 2048  # rotary positions: longer texts work
     else:
         torch.manual_seed(0)
         config = llama_config(name)
@@ -54,7 +54,7 @@ def reward_model(name: str, args: argparse.Namespace) -> RewardModel:
 
 @dataclass(frozen=True)
 class Shape:
-    """Groups of n completions, of prompts of so many tokens, and the most a completion has."""
+    """The groups to score: prompt tokens, most completion tokens, n, number of groups."""
 
     prompt: int
     completion: int
@@ -63,7 +63,7 @@ class Shape:
 
 
 def texts(shape: Shape, seed: int) -> tuple[list[str], list[str]]:
-    """Prompts, each n times, and completions, of random words."""
+    """Make prompts, each n times, and completions, of random words."""
     generator = np.random.default_rng(seed)
 
     def words(count: int) -> str:
@@ -98,14 +98,14 @@ def timed(score: Callable[..., Scores], *given: Any) -> tuple[Scores, float]:
 
 
 def rates(reward: RewardModel, shape: Shape, runs: int) -> tuple[float, float]:
-    """Completions a second, medians: by `RewardModel`, and in order of arrival."""
+    """Measure median completions a second: of `RewardModel`, and in order of arrival."""
     first = texts(shape, seed=0)
     expected = reward(*first)
     tried = {}
     for rows in PLAIN_ROWS:
-        found, tried[rows] = timed(plain, reward, rows, *first)
+        scores, tried[rows] = timed(plain, reward, rows, *first)
         exact = reward.model.dtype == torch.float32
-        np.testing.assert_allclose(found, expected, atol=1e-4 if exact else 0.5)
+        np.testing.assert_allclose(scores, expected, atol=1e-4 if exact else 0.5)
     best = min(tried, key=tried.__getitem__)
     ours, theirs = [], []
     for run in range(runs):

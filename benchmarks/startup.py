@@ -1,4 +1,4 @@
-"""Start-up time of the command line, beside the import of torch that it avoids.
+"""Start-up time of the command line, compared with the import of torch that it avoids.
 
     python benchmarks/startup.py
 

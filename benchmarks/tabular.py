@@ -1,10 +1,10 @@
-"""What the objectives reach on policies small enough to enumerate: exact figures, in float64.
+"""Exact figures of the objectives on policies small enough to enumerate, in float64.
 
     python benchmarks/tabular.py [--out docs/benchmarks-tabular.md] [--quick]
 
 Writes one Markdown document of tables and prints it; minutes on one core, seconds with --quick. The
-losses are those of `bonbon.objectives` themselves. Where data are unlimited their expectation is
-taken in closed form, which section D checks against the objectives on drawn groups.
+losses are those of `bonbon.objectives`. For unlimited data their expectation has a closed form,
+which section D checks against the objectives on drawn groups.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bonbon.tilt.ranks import rank_targets, rank_weights
 
 Floats = NDArray[np.float64]
 Tensor = torch.Tensor
-Loss = Callable[[Tensor], Tensor]  # of all outcomes' log-probabilities, or of parameters
+Loss = Callable[[Tensor], Tensor]  # of the outcomes' log-probabilities, or of parameters
 
 M = 8  # draws a group
 PAIRS = ("ipo_bon", "bonbon", "bonbon_dpo", "sft_bon")
@@ -50,18 +50,18 @@ BASELINES = [
 BETAS = (0.02, 0.05, 0.1, 0.2, 0.5)
 DELTAS = (1.0, 2.0, 4.0, 8.0)
 WINS = tuple(0.5 + share * (BestOfN(M).win_rate() - 0.5) for share in (0.8, 1.0))
-HIGHEST = 0.91  # the win rate up to which ceilings are computed; best-of-8 has 0.889
-ITERATIONS = 200  # of L-BFGS, at most, over drawn groups
-EXACT_ITERATIONS = 1000  # the same, where the expected loss is known
+HIGHEST = 0.91  # ceilings are computed up to this win rate; best-of-8 has 0.889
+ITERATIONS = 200  # most iterations of L-BFGS over drawn groups
+EXACT_ITERATIONS = 1000  # the same for expected losses
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is computed."""
+    """The sizes of the computations."""
 
     seeds: int = 8
     groups: tuple[int, ...] = (100, 300, 1000, 10_000)
-    middle: int = 1000  # the number of groups where only one is shown
+    middle: int = 1000  # the number of groups in tables with only one
     gradient_groups: int = 20_000
     tokens: int = 6
     length: int = 5
@@ -84,7 +84,7 @@ class Figures:
 
     @property
     def efficiency(self) -> float:
-        """The least KL for this win rate over the KL spent."""
+        """The least KL for this win rate / the KL spent."""
         return float(tilts.optimal_kl(self.win)) / self.kl if self.win > 0.5 else math.nan
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ class World:
 
     @cached_property
     def quantiles(self) -> Floats:
-        """u(y) = P(reward below) + P(reward equal)/2 under the base."""
+        """The quantiles u(y) = P(reward below) + P(reward equal)/2 under the base."""
         order = np.argsort(self.rewards.numpy())
         u = np.empty_like(self.p)
         u[order] = np.cumsum(self.p[order]) - self.p[order] / 2
@@ -115,12 +115,12 @@ class World:
         return torch.from_numpy(tilts.tilted_pmf(self.p, self.rewards.numpy(), tilt))
 
     def figures(self, log_ratios: Tensor | Floats) -> Figures:
-        """Of π ∝ π0 exp(log-ratio)."""
+        """Compute the figures of π ∝ π0 exp(log-ratio)."""
         q = (self.base + torch.as_tensor(log_ratios)).softmax(0).numpy()
         return Figures(tilts.win_rate_pmf(q, self.p, self.rewards.numpy()), tilts.kl_pmf(q, self.p))
 
     def draw(self, groups: int, seed: int) -> Tensor:
-        """Indices of outcomes drawn from the base, (groups, M)."""
+        """Draw indices of outcomes from the base, (groups, M)."""
         rng = np.random.default_rng(seed)
         return torch.from_numpy(rng.choice(len(self.p), (groups, M), p=self.p))
 
@@ -134,7 +134,7 @@ class Policies:
 
 
 def minimise(loss: Loss, start: Tensor, iterations: int) -> Tensor:
-    """The parameters where L-BFGS from `start` comes to rest, or is after so many iterations."""
+    """Minimise a loss by L-BFGS from `start`, with at most so many iterations."""
 
     def value_and_gradient(x: Floats) -> tuple[float, Floats]:
         params = torch.from_numpy(x.copy()).requires_grad_()
@@ -152,17 +152,17 @@ def minimise(loss: Loss, start: Tensor, iterations: int) -> Tensor:
 def fitted(
     world: World, policies: Policies, loss: Loss, iterations: int = EXACT_ITERATIONS
 ) -> Figures:
-    """The figures of the policy in the class that minimises `loss` of its log-probabilities."""
+    """Compute the figures of the policy in the class that minimises `loss`."""
     start = torch.zeros(policies.size).double()
     params = minimise(lambda x: loss(policies.log_probs(x)), start, iterations)
     return world.figures(policies.log_probs(params) - world.base)
 
 
 def ceiling(world: World, policies: Policies) -> Callable[[float], Figures]:
-    """The cheapest policy of the class at each win rate; NaN beyond what it or `HIGHEST` allows.
+    """Compute the class's least KL for each win rate; NaN above its largest, or above `HIGHEST`.
 
-    Maximises β·win − KL by exact gradients, for a grid of β, each started at the last. Between
-    these points a spline uses that dKL/dwin = β.
+    Maximises β·win − KL by exact gradients over a grid of β, each started at the last solution. A
+    spline interpolates between these points, with dKL/dwin = β.
     """
     u, params = torch.from_numpy(world.quantiles), torch.zeros(policies.size).double()
     points = [(0.5, 0.0, 0.0)]
@@ -173,10 +173,10 @@ def ceiling(world: World, policies: Policies) -> Callable[[float], Figures]:
             return (log_probs.exp() * (log_probs - world.base - beta * u)).sum()
 
         params = minimise(loss, params, EXACT_ITERATIONS)
-        found = world.figures(policies.log_probs(params) - world.base)
-        if found.win > points[-1][0] + 1e-4:
-            points.append((found.win, found.kl, beta))
-        if found.win > HIGHEST:
+        figures = world.figures(policies.log_probs(params) - world.base)
+        if figures.win > points[-1][0] + 1e-4:
+            points.append((figures.win, figures.kl, beta))
+        if figures.win > HIGHEST:
             break
     spline = scipy.interpolate.CubicHermiteSpline(*np.array(points).T, extrapolate=False)
     return lambda win: Figures(win, float(spline(win)))
@@ -186,7 +186,7 @@ def ceiling(world: World, policies: Policies) -> Callable[[float], Figures]:
 
 
 def selected(world: World, draws: Tensor, select: Select) -> Tensor:
-    """The outcomes that an objective uses, (groups, completions); groups that tie are left out."""
+    """Return the outcomes that an objective uses, (groups, completions), without tied groups."""
     rows, rewards = draws.tolist(), world.rewards[draws].tolist()
     texts, ids, numbers = (("",) * len(rows[0]), ((),) * len(rows[0]), (0.0,) * len(rows[0]))
     chosen = []
@@ -200,7 +200,7 @@ def selected(world: World, draws: Tensor, select: Select) -> Tensor:
 
 @dataclass(frozen=True)
 class Batch:
-    """Groups ready for one objective: `index` holds the outcomes it uses."""
+    """Groups prepared for one objective: `index` holds the outcomes it uses."""
 
     name: str
     world: World
@@ -208,17 +208,17 @@ class Batch:
     settings: ObjectiveSettings
 
     def losses(self, logps: Tensor) -> Tensor:
-        """The objective's losses, (groups,), at log-probabilities (groups, completions)."""
+        """Compute the objective's losses, (groups,), at log-probabilities (groups, completions)."""
         group = GroupLogps(logps, self.world.base[self.index], self.world.rewards[self.index])
         return OBJECTIVES[self.name].loss(group, self.settings)
 
     def loss(self, log_probs: Tensor) -> Tensor:
-        """The mean loss at a policy's log-probabilities of all outcomes."""
+        """Compute the mean loss at a policy's log-probabilities of all outcomes."""
         return self.losses(log_probs[self.index]).mean()
 
 
 def batch(world: World, draws: Tensor, name: str, settings: ObjectiveSettings) -> Batch:
-    """Objectives that can aim at any tilt get all M draws, the others M/n groups of n."""
+    """Make a batch: all M draws for objectives of any tilt, M/n groups of n for the others."""
     objective = OBJECTIVES[name]
     groups = draws if objective.any_tilt else draws.reshape(-1, settings.n)
     return Batch(name, world, selected(world, groups, objective.select), settings)
@@ -232,16 +232,16 @@ def aimed(n: int, tilt: str = "best_of_n") -> ObjectiveSettings:
 
 
 def smoothed(values: Floats, u: Floats) -> Floats:
-    """Σ_i v_i B_i(u), values by rank averaged over the ranks of a draw with quantile u."""
+    """Compute Σ_i v_i B_i(u): values by rank, averaged over the rank of a draw with quantile u."""
     ranks = np.arange(len(values))
     return np.asarray(scipy.stats.binom.pmf(ranks, len(values) - 1, u[..., None]) @ values)
 
 
 def population_regression(world: World, targets: Floats, centred: bool) -> Loss:
-    """E(h − s)², if `centred` less its mean's square; s = Σ t_i B_i(u). Up to a constant.
+    """Return E(h − s)² with s = Σ t_i B_i(u), up to a constant; the variance if `centred`.
 
-    Centred in a group of m, h has the factor 1 − 1/m that `rank_regression` gives its targets, so
-    both cancel; that loss is twice this one.
+    Centring in a group of m multiplies h by 1 − 1/m. `rank_regression` multiplies its targets by
+    the same, so both cancel; its loss is twice this one.
     """
     p, s = torch.from_numpy(world.p), torch.from_numpy(smoothed(targets, world.quantiles))
 
@@ -253,9 +253,9 @@ def population_regression(world: World, targets: Floats, centred: bool) -> Loss:
 
 
 def population_ipo(world: World, n: int) -> Loss:
-    """E(h_b − h_w − c)², with the density n(n−1)(u − v)^(n−2) of the best's and worst's quantiles.
+    """Return E(h_b − h_w − c)²; best and worst quantiles have density n(n−1)(u − v)^(n−2).
 
-    The powers of u − v expand, so cumulative sums over outcomes in order of reward do.
+    The powers of u − v are expanded, so that cumulative sums in order of reward suffice.
     """
     order = torch.from_numpy(np.argsort(world.quantiles))
     u, p = (torch.from_numpy(x)[order] for x in (world.quantiles, world.p))
@@ -273,21 +273,22 @@ def population_ipo(world: World, n: int) -> Loss:
 
 
 def population_sft(world: World, tilt: Tilt) -> Loss:
-    """E of `weighted_sft`: cross-entropy to π0 · Σ w_i B_i(u)."""
+    """Return the expected `weighted_sft`: cross-entropy to π0 · Σ w_i B_i(u)."""
     target = torch.from_numpy(world.p * smoothed(rank_weights(tilt, M), world.quantiles))
     return lambda log_probs: -(target @ log_probs)
 
 
 def reverse_kl(world: World, tilt: Tilt) -> Loss:
-    """KL(π ‖ tilted): what on-policy learning (vBoN) minimises."""
+    """Return KL(π ‖ tilted), the loss of on-policy learning (vBoN)."""
     density = torch.from_numpy(tilt.log_density(world.quantiles))
     return lambda log_probs: log_probs.exp() @ (log_probs - world.base - density)
 
 
 def weighted_reverse_kl(world: World, draws: Tensor, tilt: Tilt) -> Loss:
-    """Mean of e^h (h − 1 − t) over base draws: KL(π ‖ tilted) by importance weights e^h = π/π0.
+    """Return the mean of e^h (h − 1 − t) over base draws, with importance weights e^h = π/π0.
 
-    Its gradient is e^h (h − t) ∇h: the pointwise regression's, weighted by the policy.
+    It estimates KL(π ‖ tilted). Its gradient is e^h (h − t) ∇h: the pointwise regression's,
+    weighted by the policy.
     """
     base, t = world.base[draws], log_density_targets(world.rewards[draws], tilt)
 
@@ -303,26 +304,26 @@ def weighted_reverse_kl(world: World, draws: Tensor, tilt: Tilt) -> Loss:
 
 @cache
 def continuum(outcomes: int = 1000) -> World:
-    """Equally likely outcomes in order of reward, in place of a continuum."""
+    """Return equally likely outcomes in order of reward, which approximate a continuum."""
     base = torch.full((outcomes,), -math.log(outcomes)).double()
     return World(base, torch.arange(outcomes).double())
 
 
 @cache
 def ipo_minimiser(n: int) -> Figures:
-    """Of the quadratic loss by its normal equations, a weighted graph's Laplacian."""
+    """Minimise IPO's quadratic loss by its normal equations, a weighted graph's Laplacian."""
     u = continuum().quantiles
     joint = np.tril(np.ones((len(u), len(u))), -1) * np.abs(u[:, None] - u) ** (n - 2)
     edges, pull = joint + joint.T, joint.sum(axis=1) - joint.sum(axis=0)
     laplacian = np.diag(edges.sum(axis=1)) - edges
-    scale = 1 / np.sqrt(edges.sum(axis=1)[1:])  # middle ranks weigh next to nothing at large n
+    scale = 1 / np.sqrt(edges.sum(axis=1)[1:])  # middle ranks have almost no weight at large n
     scaled = scale[:, None] * laplacian[1:, 1:] * scale
     h = scale * np.linalg.solve(scaled, scale * bon_target(n) * pull[1:])
     return continuum().figures(np.concatenate([[0.0], h]))
 
 
 def unlimited(n: int, m: int) -> list[str]:
-    """A row of section A."""
+    """Compute a row of section A."""
     world, tilt = continuum(), BestOfN(n)
     plain = tilt.rank_log_density(m)
     shapes = (plain, plain * m / (m - 1), rank_targets(tilt, m))
@@ -339,10 +340,10 @@ def unlimited(n: int, m: int) -> list[str]:
 
 
 def polynomial_minimiser(name: str, n: int, m: int) -> Floats:
-    """The minimiser of the objective itself among h = Σ a_i B_i(u), normalised, by quadrature.
+    """Minimise the objective itself over normalised h = Σ a_i B_i(u), by quadrature.
 
-    Ordered quantiles are U_(k) = U_(k+1) z_k with density Π k z_k^(k−1) on the unit cube, so
-    Gauss's rule with 8 nodes a side is exact for the squares of these polynomials.
+    Ordered quantiles are U_(k) = U_(k+1) z_k with density Π k z_k^(k−1) on the unit cube. Gauss's
+    rule with 8 nodes a side is exact for the squares of these polynomials.
     """
     nodes, weights = np.polynomial.legendre.leggauss(8)
     z = np.array(list(itertools.product((nodes + 1) / 2, repeat=m)))
@@ -379,7 +380,7 @@ class Prompt:
 
 @cache
 def prompt(seed: int, outcomes: int = 400, features: int = 24) -> Prompt:
-    """Dirichlet(5, …) base; normal features that make half the reward's variance."""
+    """Make a Dirichlet(5, …) base, with normal features that make half the reward's variance."""
     rng = np.random.default_rng([seed, 1])
     p = rng.dirichlet(np.full(outcomes, 5.0))
     phi = rng.standard_normal((outcomes, features))
@@ -393,7 +394,7 @@ def free_logits(world: World) -> Policies:
 
 
 def linear(world: World, features: Tensor) -> Policies:
-    """ln π = ln π0 + θ·φ + const."""
+    """Return the policies ln π = ln π0 + θ·φ + const."""
     return Policies(features.shape[1], lambda x: (world.base + features @ x).log_softmax(0))
 
 
@@ -410,32 +411,32 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 
 def averaged(runs: Sequence[Figures]) -> str:
-    """Means ± standard errors; no efficiency where some do not win more than half."""
+    """Format means ± standard errors; no efficiency if a run has a win rate of ½ or less."""
     columns = ([f.win for f in runs], [f.kl for f in runs], [f.efficiency for f in runs])
     return " / ".join(map(mean_and_error, columns))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Objectives' minimisers over drawn groups, one a seed, in one of `CLASSES`."""
+    """Minimisers of objectives over drawn groups, one a seed, in one of `CLASSES`."""
 
     kind: str
     sizes: Sizes
 
     def runs(self, name: str, groups: int, settings: ObjectiveSettings) -> list[Figures]:
-        found = []
+        figures = []
         for seed in range(self.sizes.seeds):
             world, policies = prompt(seed).world, CLASSES[self.kind](prompt(seed))
             draws = world.draw(max(self.sizes.groups), seed)[:groups]
             loss = batch(world, draws, name, settings).loss
-            found.append(fitted(world, policies, loss, ITERATIONS))
-        return found
+            figures.append(fitted(world, policies, loss, ITERATIONS))
+        return figures
 
     def few_groups(self, name: str, settings: ObjectiveSettings) -> list[str]:
         return [averaged(self.runs(name, g, settings)) for g in self.sizes.groups]
 
     def best_beta(self, name: str) -> list[str]:
-        """The β of the grid with the largest mean efficiency of those that recover 0.8."""
+        """Return the most efficient β of the grid, among those that recover 0.8 on average."""
         tried = []
         for beta in BETAS:
             runs = self.runs(name, self.sizes.middle, replace(aimed(M), beta=beta))
@@ -445,17 +446,17 @@ class Trial:
 
     def ceiling(self) -> list[str]:
         prompts = [prompt(seed) for seed in range(self.sizes.seeds)]
-        found = [ceiling(x.world, CLASSES[self.kind](x)) for x in prompts]
-        return [mean_and_error([least(win).efficiency for least in found]) for win in WINS]
+        ceilings = [ceiling(x.world, CLASSES[self.kind](x)) for x in prompts]
+        return [mean_and_error([least(win).efficiency for least in ceilings]) for win in WINS]
 
 
 # --- C: gradient noise ----------------------------------------------------------------------------
 
 
 def outcome_gradients(made: Batch, per: int) -> Tensor:
-    """Gradients in the outcomes' logits at the base, (groups, outcomes), `per` in a row averaged.
+    """Compute gradients in the logits at the base, averaged over `per` groups, (…, outcomes).
 
-    With c_i = ∂loss/∂ln π(y_i) a group's is Σ_i c_i (e_{y_i} − π0).
+    With c_i = ∂loss/∂ln π(y_i) a group's gradient is Σ_i c_i (e_{y_i} − π0).
     """
     at_base = made.world.base[made.index].requires_grad_()
     (c,) = torch.autograd.grad(made.losses(at_base).sum(), at_base)
@@ -466,15 +467,15 @@ def outcome_gradients(made: Batch, per: int) -> Tensor:
 
 
 def noise_to_signal(gradients: Tensor) -> float:
-    """tr Cov(g) / ‖E g‖² over groups; the estimate of ‖E g‖² is unbiased."""
+    """Compute tr Cov(g) / ‖E g‖² over groups; the estimate of ‖E g‖² is unbiased."""
     noise = gradients.var(dim=0).sum()
     return float(noise / ((gradients.mean(0) ** 2).sum() - noise / len(gradients)))
 
 
 def gradient_noise(name: str, settings: ObjectiveSettings, sizes: Sizes) -> list[str]:
-    """Noise over signal in free logits and features, Euclidean and whitened by π0's Fisher matrix.
+    """Compute noise / signal for logits and features, Euclidean and whitened by π0's Fisher matrix.
 
-    In free logits that is diag π0 − π0 π0ᵀ and gradients sum to 0, so ‖g‖² becomes Σ g²/π0.
+    For free logits that matrix is diag π0 − π0 π0ᵀ and gradients sum to 0, so ‖g‖² is Σ g²/π0.
     """
     world, phi = prompt(0).world, prompt(0).features
     draws = world.draw(sizes.gradient_groups, seed=1)
@@ -496,8 +497,10 @@ def gradient_noise(name: str, settings: ObjectiveSettings, sizes: Sizes) -> list
 
 @dataclass(frozen=True)
 class Sequences:
-    """All sequences of tokens. `base[t]` is ln π0(token | prefix), (tokens^t, tokens), prefixes in
-    lexical order."""
+    """All sequences of tokens, with rewards.
+
+    `base[t]` is ln π0(token | prefix), (tokens^t, tokens), prefixes in lexical order.
+    """
 
     base: tuple[Tensor, ...]
     rewards: Tensor
@@ -511,12 +514,12 @@ class Sequences:
         return World(joint(self.base), self.rewards)
 
     def marginals(self, q: Tensor) -> list[Tensor]:
-        """Probabilities of all prefixes of 0, 1, …, length tokens."""
+        """Compute the probabilities of all prefixes of 0, 1, …, length tokens."""
         return [q.reshape(self.tokens**t, -1).sum(1) for t in range(len(self.base) + 1)]
 
 
 def joint(conditionals: Iterable[Tensor]) -> Tensor:
-    """ln π of all sequences."""
+    """Compute ln π of all sequences."""
     total = torch.zeros(1).double()
     for table in conditionals:
         total = (total[:, None] + table).flatten()
@@ -524,7 +527,7 @@ def joint(conditionals: Iterable[Tensor]) -> Tensor:
 
 
 def all_sequences(tokens: int, length: int, seed: int = 0) -> Sequences:
-    """A base conditioned on the last two tokens. Reward: tokens, pairs of positions and noise."""
+    """Make a base conditioned on the last two tokens, with rewards of tokens, pairs and noise."""
     rng = np.random.default_rng(seed)
     table = torch.from_numpy(rng.standard_normal((tokens + 1, tokens + 1, tokens))).log_softmax(2)
     y = np.array(list(itertools.product(range(tokens), repeat=length)))
@@ -552,7 +555,7 @@ def all_sequences(tokens: int, length: int, seed: int = 0) -> Sequences:
 
 @dataclass(frozen=True)
 class ContextTables:
-    """A table added to the base's logits; `rows[t]` is the row of each prefix of t tokens."""
+    """Policies that add a table to the base's logits; `rows[t]`: the rows of t-token prefixes."""
 
     name: str
     space: Sequences
@@ -570,7 +573,7 @@ class ContextTables:
 
 
 def capacities(space: Sequences) -> list[ContextTables]:
-    """Classes of growing capacity; prefixes shorter than the context have rows of their own."""
+    """List classes of growing capacity; prefixes shorter than the context have their own rows."""
     v, steps = space.tokens, range(len(space.base))
     starts = [sum(v**s for s in range(t)) for t in range(len(space.base) + 1)]
 
@@ -588,14 +591,14 @@ def capacities(space: Sequences) -> list[ContextTables]:
 
 
 def token_credits(space: Sequences, tilt: Tilt) -> list[Tensor]:
-    """V(y_≤t) − V(y_<t) for every prefix and next token; V = ln E[f(u) | prefix] under the base."""
+    """Compute V(y_≤t) − V(y_<t) by prefix and token; V = ln E[f(u) | prefix] under the base."""
     tilted, base = (space.marginals(q) for q in (space.world.tilted(tilt), space.world.base.exp()))
     values = [(a / b).log() for a, b in zip(tilted, base, strict=True)]
     return [b.reshape(-1, space.tokens) - a[:, None] for a, b in itertools.pairwise(values)]
 
 
 def with_credit(tables: ContextTables, tilt: Tilt, weights: Tensor, iterations: int) -> Figures:
-    """The minimiser of Σ_y weight(y) Σ_t (ln π/π0(y_t | y_<t) − ΔV_t)²."""
+    """Minimise Σ_y weight(y) Σ_t (ln π/π0(y_t | y_<t) − ΔV_t)²."""
     space, masses = tables.space, tables.space.marginals(weights)[1:]
     targets = [a + b for a, b in zip(space.base, token_credits(space, tilt), strict=True)]
 
@@ -608,7 +611,7 @@ def with_credit(tables: ContextTables, tilt: Tilt, weights: Tensor, iterations: 
 
 
 def sequence_methods(world: World) -> dict[tuple[str, str], Loss]:
-    """Expected losses over groups of M from the base, and on-policy learning's."""
+    """Return the expected losses over groups of M from the base, and on-policy learning's."""
     methods = {("ipo_bon", "best_of_n"): population_ipo(world, M)}
     for name in ("best_of_n", "optimal"):
         tilt, targets = TILTS[name](M), rank_targets(TILTS[name](M), M)
@@ -621,7 +624,7 @@ def sequence_methods(world: World) -> dict[tuple[str, str], Loss]:
 
 
 def expectation_check(world: World, name: str, loss: Loss, scale: float) -> list[str]:
-    """The objective's mean at a random policy less that at the base, on groups and by formula."""
+    """Compare the loss's change from the base to a random policy, on groups and by formula."""
     made = batch(world, world.draw(20_000, seed=2), name, aimed(M))
     noise = torch.from_numpy(np.random.default_rng(3).standard_normal(len(world.base)))
     away = (world.base + noise).log_softmax(0)
@@ -634,12 +637,12 @@ def expectation_check(world: World, name: str, loss: Loss, scale: float) -> list
 def sequence_rows(
     space: Sequences, classes: Sequence[ContextTables], groups: int, sizes: Sizes
 ) -> Iterable[list[str]]:
-    """What drawn groups give; credit takes all draws and the exact V."""
+    """Yield the rows of minimisers over drawn groups; credit uses all draws and the exact V."""
     world = space.world
     draws = [world.draw(groups, seed) for seed in range(sizes.sequence_seeds)]
 
     def row(name: str, tilt: str, runs: Sequence[Sequence[Figures]]) -> list[str]:
-        means = [np.mean([(f.win, f.kl) for f in found], axis=0) for found in runs]
+        means = [np.mean([(f.win, f.kl) for f in figures], axis=0) for figures in runs]
         return [name, tilt, *(str(Figures(float(win), float(kl))) for win, kl in means)]
 
     made: dict[tuple[str, str], list[Loss]] = {
@@ -678,16 +681,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def section_a() -> Iterable[str]:
     yield f"""## A. With unlimited data
-Minimisers over groups of m base draws for continuous rewards ({len(continuum().base)} equally
-likely outcomes; win rates within 0.001). *Plain* targets are E[ln f(U_(i))], the calibrated ones
-those of `bonbon.tilt.ranks.rank_targets`. A pointwise regression holds a normalised policy to its
-targets: the mass that plain targets leave over goes where it costs least, and *rescaled* shares it
-out in proportion instead. Centring multiplies plain targets by m/(m−1)."""
+The minimisers of the losses over groups of m base draws, for continuous rewards ({len(continuum().base)} equally
+likely outcomes; win rates within 0.001). *Plain* targets are E[ln f(U_(i))]; *calibrated* targets are
+those of `bonbon.tilt.rank_targets`. The probabilities that plain targets describe sum to less
+than 1. A pointwise regression puts the rest where it costs least; *rescaled* distributes it in
+proportion instead. Centring multiplies plain targets by m/(m−1)."""
     header = ["n", "m", "best-of-n", "ipo_bon", "weighted_sft", "plain, pointwise"]
     header += ["plain, rescaled", "plain, centred", "calibrated, either"]
     yield table(header, [unlimited(n, m) for n in (2, 4, 8, 32) for m in (2, 4, 8, 16, 32)])
     yield """The objectives minimised numerically over polynomials Σ a_i B_i(u), n = m = 4,
-beside the closed form:"""
+and the closed form:"""
     rows = {"closed form": rank_targets(BestOfN(4), 4)}
     rows |= {name: polynomial_minimiser(name, 4, 4) for name in REGRESSIONS[:2]}
     cells = [[name, *(f"{x:.4f}" for x in a)] for name, a in rows.items()]
@@ -696,14 +699,14 @@ beside the closed form:"""
 
 def section_b(sizes: Sizes) -> Iterable[str]:
     yield f"""## B. With few groups
-One prompt, 400 outcomes, base probabilities Dirichlet(5, …), groups of {M} from the base;
-minimisers by L-BFGS from the base, {ITERATIONS} iterations at most (free logits leave outcomes in
-no group where they are unless a likelihood moves them; `dpo` has no minimum there, so this is
-early stopping). Means and standard errors over {sizes.seeds} seeds, each with its own prompt and
-groups. The classes of policies: a logit an outcome, and ln π = ln π0 + θ·φ with 24 normal features
-that make half the reward's variance. Efficiency is at most 1 with free logits; with features, at
-the win rates that recover 0.8 and 1.0 of best-of-{M}'s gain,
-{" and ".join(Trial("24 features", sizes).ceiling())}."""
+One prompt, 400 outcomes, base probabilities from Dirichlet(5, …), groups of {M} from the base policy.
+L-BFGS minimises each loss, starting from the base policy, with at most {ITERATIONS} iterations. With free
+logits, an outcome that is in no group keeps its logit unless a likelihood moves it; `dpo` has no
+minimum there, so the limit on iterations is early stopping. Means and standard errors are over {sizes.seeds}
+seeds, each with its own prompt and groups. There are two classes of policies: one free logit per
+outcome, and ln π = ln π0 + θ·φ with 24 normal features that explain half of the reward's variance.
+The highest possible efficiency is 1 with free logits. With features, at the win rates that recover
+0.8 and 1.0 of best-of-{M}'s gain, it is {" and ".join(Trial("24 features", sizes).ceiling())}."""
     triple = "win rate / KL / efficiency"
     counts = [f"{g:,} groups" for g in sizes.groups]
     for trial in (Trial(kind, sizes) for kind in CLASSES):
@@ -715,24 +718,25 @@ the win rates that recover 0.8 and 1.0 of best-of-{M}'s gain,
         runs = [trial.runs(REGRESSIONS[2], sizes.middle, s) for s in settings]
         rows = [[f"{s.delta:g}", averaged(x)] for s, x in zip(settings, runs, strict=True)]
         yield table(["δ", triple], rows)
-        yield f"Other n, {sizes.middle:,} groups (pairs of 4 from both halves of each group):"
+        yield f"Other n, {sizes.middle:,} groups (at n = 4 the pairs come from both halves of each group):"
         rows = [
             [str(n), name, tilt, averaged(trial.runs(name, sizes.middle, aimed(n, tilt)))]
             for n, (name, tilt) in itertools.product((4, 32), METHODS)
             if n <= M or OBJECTIVES[name].any_tilt
         ]
         yield table(["n", "objective", "tilt", triple], rows)
-        yield f"""Baselines, {sizes.middle:,} groups: the most efficient of β in {BETAS}
-of those that recover 0.8 on average:"""
+        yield f"""Baselines, {sizes.middle:,} groups: the β in {BETAS} with the highest efficiency,
+among those that recover 0.8 on average:"""
         yield table(["objective", "β", triple], [trial.best_beta(name) for name in BASELINES])
 
 
 def section_c(sizes: Sizes) -> Iterable[str]:
     yield f"""## C. Gradient noise
-At the base, one of B's prompts, {sizes.gradient_groups:,} groups of {M}: tr Cov(g)/‖E g‖² of a
-group's gradient, so a mean over that many groups has as much noise as signal. *Natural*: in the
-metric of the inverse Fisher matrix of the base. At n = 4 pairs are of both halves, averaged. The
-cosine is of the mean gradient with the win rate's, in the natural metric of free logits."""
+The noise tr Cov(g)/‖E g‖² of a group's gradient g at the base policy, for one of B's prompts and
+{sizes.gradient_groups:,} groups of {M}: a mean over that many groups has as much noise as signal. *Natural* means in the
+metric of the inverse Fisher matrix of the base policy. At n = 4, one pair is taken from each half of a
+group, and the two are averaged. The cosine is between the mean gradient and the gradient of the win
+rate, in the natural metric of free logits."""
     settings = [(name, aimed(n, tilt), tilt) for name, tilt in METHODS for n in (4, M)]
     settings += [(name, aimed(M), "") for name in BASELINES]
     rows = [[name, t, str(s.n), *gradient_noise(name, s, sizes)] for name, s, t in settings]
@@ -747,53 +751,53 @@ def section_d(sizes: Sizes) -> Iterable[str]:
     target = world.tilted(best)
     off = float((credited.exp() - target).abs().max())
     yield f"""## D. Autoregressive policies
-All {len(world.base):,} sequences of {sizes.length} tokens from a vocabulary of {sizes.tokens}. The
-base is conditioned on the last two tokens. The reward adds up scores of tokens, of every pair of
-positions and of a draw a sequence, with variances in the proportion 2 : 2 : 1. Two draws from the
-base are equal with probability {float(world.p @ world.p):.4f}.
+All {len(world.base):,} sequences of {sizes.length} tokens from a vocabulary of {sizes.tokens}. The base policy depends on the last two
+tokens. The reward is a sum of scores of single tokens, of every pair of positions, and of a random
+term for each sequence, with variances in the proportion 2 : 2 : 1. Two draws from the base policy are
+equal with probability {float(world.p @ world.p):.4f}.
 
 Best-of-{M} here is {world.figures(target.log() - world.base)}. The policy whose tokens have
 log-ratios V(y_≤t) − V(y_<t), V = ln E[f(u) | prefix], is {world.figures(credited - world.base)};
 its probabilities differ from best-of-{M}'s by at most {off:.0e}.
 
-The expected losses below against the objectives on 20,000 drawn groups: the loss's change from the
-base to a random policy."""
+A check of the expected losses that are used below: the change of each loss from the base policy to a
+random policy, measured on 20,000 drawn groups and computed by formula."""
     methods = sequence_methods(world)
     scales = {"ipo_bon": 1, "rank_regression": 2, "rank_regression_pointwise": 1, "weighted_sft": 1}
     rows = [expectation_check(world, k, methods[k, "best_of_n"], s) for k, s in scales.items()]
     yield table(["objective", "on groups", "by formula"], rows)
     least = [ceiling(world, c.policies) for c in classes]
-    yield """Policies add a table to the base's logits, a row for each context. The ceiling: a
-class's cheapest policy at the win rates that recover 0.8 and 1.0 of best-of-n's gain:"""
+    yield """Each policy adds a table to the base policy's logits, with one row per context. The ceiling is the
+policy of a class with the least KL at the win rates that recover 0.8 and 1.0 of best-of-n's gain:"""
     pairs = list(zip(classes, least, strict=True))
     rows = [[c.name, f"{c.policies.size:,}", *(str(at(win)) for win in WINS)] for c, at in pairs]
     yield table(["context", "parameters", "at 0.8", "at 1.0"], rows)
-    yield """With unlimited data: the minimisers of the expected losses; in brackets the
-ceiling's efficiency at the same win rate. *Credit* regresses every token's log-ratio on the
-exact V(y_≤t) − V(y_<t)."""
+    yield """With unlimited data: the minimisers of the expected losses. The number in brackets is the ceiling's
+efficiency at the same win rate. *Credit* regresses the log-ratio of every token on the exact
+V(y_≤t) − V(y_<t)."""
     header = ["objective", "tilt", *(c.name for c in classes)]
-    found = {k: [fitted(world, c.policies, loss) for c in classes] for k, loss in methods.items()}
+    figures = {k: [fitted(world, c.policies, loss) for c in classes] for k, loss in methods.items()}
     for name in ("best_of_n", "optimal"):
-        found["credit", name] = [
+        figures["credit", name] = [
             with_credit(c, TILTS[name](M), world.base.exp(), EXACT_ITERATIONS) for c in classes
         ]
     rows = [
         [*k, *(f"{f} ({at(f.win).efficiency:.2f})" for f, at in zip(cells, least, strict=True))]
-        for k, cells in found.items()
+        for k, cells in figures.items()
     ]
     yield table(header, rows)
     for groups in sizes.sequence_groups:
         yield f"""With {groups:,} groups of {M}, means over {sizes.sequence_seeds} draws,
-at most {ITERATIONS} iterations. *Weighted reverse KL* is on-policy learning's loss on
-base draws, e^h (h − 1 − t):"""
+at most {ITERATIONS} iterations. *Weighted reverse KL* is the loss of on-policy learning, computed on draws
+from the base policy: e^h (h − 1 − t):"""
         yield table(header, sequence_rows(space, classes, groups, sizes))
 
 
 def document(sizes: Sizes) -> Iterable[str]:
     yield """# Exact figures on policies that can be enumerated
-Written by `benchmarks/tabular.py`. A policy is shown as win rate / KL in nats / KL efficiency: its
-exact win rate against the base, a tie counting half; its exact KL from the base; and the least KL
-for that win rate over the KL spent."""
+Written by `benchmarks/tabular.py`. Each policy is shown as win rate / KL in nats / KL efficiency: its
+exact win rate against the base policy, where a tie counts half; its exact KL from the base policy; and
+the least KL for that win rate, divided by its KL."""
     yield from section_a()
     yield from section_b(sizes)
     yield from section_c(sizes)
@@ -803,7 +807,7 @@ for that win rate over the KL spent."""
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks-tabular.md"))
-    parser.add_argument("--quick", action="store_true", help="small sizes, to try it")
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a trial")
     args = parser.parse_args()
     torch.set_num_threads(1)
     parts = []

@@ -1,18 +1,18 @@
-"""One training step: `BoNBoNTrainer` beside TRL's `DPOTrainer(loss_type=["ipo", "sft"])`.
+"""Cost of a training step: `BoNBoNTrainer` and TRL's `DPOTrainer(loss_type=["ipo", "sft"])`.
 
     python benchmarks/training_step.py [--quick] [--model MODEL] [--output TABLE.md]
 
-Every figure comes from a process of its own, on the same model, the same groups and the same
-tokens, in float32, with AdamW, without gradient checkpointing and without any padding (all prompts
-and all completions are equally long, which is TRL's best case). Of m completions TRL is given m/2
-pairs; of 2 we train `bonbon`, of more `bonbon_ranks`. TRL runs as it comes, with a reference model
-of its own, and once more with the reference's log-probabilities computed beforehand, which is not
-in its time; ours are in the groups. Without `--model` the model is a random Llama.
+Every figure comes from its own process, with the same model, groups and tokens, in float32, with
+AdamW, without gradient checkpointing and without padding (all prompts and all completions are
+equally long, which is TRL's best case). From m completions TRL gets m/2 pairs; our objective is
+`bonbon` for 2 completions and `bonbon_ranks` for more. TRL runs with its defaults, which load a
+reference model, and once more with the reference's log-probabilities precomputed, which is not in
+its time; ours are in the groups. Without `--model` the model is a random Llama.
 
-Time is that of one optimiser step a group, the median of the steps after the first: processor time
-of one thread on a CPU, so that other processes do not count, and wall-clock time on a GPU. Memory
-is the peak, and how much of it came on top of the process with the policy loaded: gradients,
-optimiser, activations and TRL's reference model.
+Time is that of one optimiser step, divided by its groups, the median of the steps after the first:
+processor time of one thread on a CPU, so that other processes do not count, and wall-clock time on
+a GPU. Memory is the peak, and the part added after the policy was loaded: gradients, optimiser,
+activations and TRL's reference model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MIB = 2**20
 
 
 def save_random_llama(folder: Path, hidden: int, layers: int) -> None:
-    """A Llama of random weights over 32,000 tokens, and a tokenizer, for `from_pretrained`."""
+    """Save a Llama with random weights and 32,000 tokens, and a tokenizer."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -93,7 +93,7 @@ def random_groups(count: int, args: argparse.Namespace, vocabulary: int) -> list
 
 
 def pairs(groups: Sequence[Group]) -> Iterator[dict[str, list[int]]]:
-    """The groups' completions two by two, as TRL's rows of token ids."""
+    """Yield the groups' completions in pairs, as TRL's rows of token ids."""
     for group in groups:
         rewards = group.rewards or ()
         for k in range(0, group.n, 2):
@@ -109,7 +109,7 @@ def pairs(groups: Sequence[Group]) -> Iterator[dict[str, list[int]]]:
 
 
 class StepTimes(TrainerCallback):
-    """The seconds of every optimiser step."""
+    """A callback that records the seconds of every optimiser step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -129,7 +129,7 @@ def now() -> float:
 
 
 def start_peak() -> int:
-    """Bytes held now; the peak is measured from here on."""
+    """Reset the peak memory, and return the bytes held now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -180,7 +180,7 @@ def trl_trainer(model: Any, groups: list[Group], folder: str, args: argparse.Nam
     from trl import DPOConfig, DPOTrainer
 
     class OfTokens(DPOTrainer):
-        """Takes rows of token ids as they are, where TRL would tokenize text."""
+        """A `DPOTrainer` that takes rows of token ids; TRL's would tokenise text."""
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
@@ -196,9 +196,9 @@ def trl_trainer(model: Any, groups: list[Group], folder: str, args: argparse.Nam
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     make = trl_trainer if args.side.startswith("trl") else our_trainer
     if make is trl_trainer:
-        import trl  # noqa: F401  (not to be counted as memory of training)
+        import trl  # noqa: F401  (before memory is measured)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-    for parameter in model.parameters():  # into memory, where the file is only mapped
+    for parameter in model.parameters():  # into memory, since the file is only mapped
         parameter.data = parameter.data.clone()
     if torch.cuda.is_available():
         model.cuda()
@@ -244,7 +244,7 @@ def measure_elsewhere(side: str, prompt: int, completion: int, m: int, args: Any
 
 
 def rows_of(prompt: int, completion: int, m: int, args: argparse.Namespace) -> Iterator[str]:
-    """Each side's line of the table, with TRL's figures over ours."""
+    """Yield each side's row of the table, with its figures / ours."""
     ours: dict[str, Any] = {}
     for side, name in SIDES.items():
         figures = measure_elsewhere(side, prompt, completion, m, args)
@@ -290,7 +290,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=3, help="steps measured, after one more")
     parser.add_argument("--output", type=Path, help="write the table there too")
-    parser.add_argument("--quick", action="store_true", help="128:32 and a Llama of 4 M alone")
+    parser.add_argument("--quick", action="store_true", help="only 128:32 and a Llama of 4 M")
     one = parser.add_argument_group("one side of one row, as JSON")
     one.add_argument("--side", choices=SIDES)
     for name in ("prompt", "completion", "completions", "groups"):

@@ -1,9 +1,9 @@
 """Draw the training stories of the demo's story model from stories260K.
 
 Every story starts from the begin token alone. The first `--free-tokens` tokens are drawn at
-temperature 1, so that the openings differ, the rest at `--temperature` 0.7, so that the text is
-cleaner than what the source model writes at temperature 1. A shard depends only on its number, so
-the script can be stopped and started again.
+temperature 1, so that the openings differ. The rest is drawn at `--temperature` 0.7, which gives
+cleaner text than temperature 1. A shard depends only on its number, so the script can be stopped
+and started again.
 
     python scripts/draw_stories.py --model MODEL_FOLDER --out build/stories
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 def draw_shard(args: argparse.Namespace, shard: int) -> None:
     """Write `shard` as a Parquet file.
 
-    Columns: `text`, `finished` (the end token came), `tokens` (how many were drawn).
+    Columns: `text`, `finished` (whether the end token was drawn), `tokens` (the number drawn).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

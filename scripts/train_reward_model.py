@@ -1,8 +1,8 @@
 """Train the demo's reward model: Bradley-Terry on pairs labelled by VADER's compound score.
 
-Openings are cut from drawn stories, the story model goes on with each of them, and of every two
-continuations of one opening the one that VADER calls happier is preferred; ties are left out. The
-body starts from the story model's. Deterministic for a seed and a number of threads.
+Openings are cut from drawn stories, and the story model continues each of them. Of every two
+continuations of one opening, the one with the higher VADER score is preferred; ties are left out.
+The body starts from the story model's weights. Deterministic for a seed and a number of threads.
 
     python scripts/train_reward_model.py --stories build/stories \
         --story-model src/bonbon/demo/story-model --out src/bonbon/demo/reward-model
@@ -60,7 +60,7 @@ Made by `scripts/train_reward_model.py`.
 
 
 def cut_opening(text: str, generator: np.random.Generator) -> str:
-    """A piece of a story from a sentence's start: 8 to 24 words, half of them whole sentences."""
+    """Cut a piece of 8 to 24 words from a sentence's start; half of them end with a sentence."""
     starts = [0] + [match.end() for match in re.finditer(r'[.!?]"?\s+', text[: len(text) // 2])]
     words = text[generator.choice(starts) :].split()
     opening = " ".join(words[: generator.integers(8, 25)])
@@ -69,14 +69,14 @@ def cut_opening(text: str, generator: np.random.Generator) -> str:
 
 
 def shortened(group: Group, length: int, tokenizer: Tokenizer) -> Group:
-    """The group with every completion cut to its first `length` tokens."""
+    """Cut every completion of a group to its first `length` tokens."""
     ids = tuple(completion[:length] for completion in group.token_ids)
     texts = tuple(completion_text(tokenizer, group.prompt_token_ids, row) for row in ids)
     return replace(group, token_ids=ids, completions=texts)
 
 
 def labelled_groups(args: argparse.Namespace, generator: np.random.Generator) -> list[Group]:
-    """Groups of continuations with VADER's scores as their rewards."""
+    """Draw groups of continuations, with VADER's scores as rewards."""
     stories, _ = read_stories(args.stories)
     chosen = generator.choice(len(stories), args.groups, replace=False)
     rows = [
@@ -103,7 +103,7 @@ def encode(reward: RewardModel, groups: list[Group]) -> list[list[list[int]]]:
 
 
 def pair_losses(rewards: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """−ln σ(r_i − r_j) of all pairs of a group with i the happier, and whether it is ranked so.
+    """Compute −ln σ(r_i − r_j) for all pairs with i the happier, and whether r_i > r_j.
 
     `rewards`, `gold`: (groups, n); the results are flat, one entry a pair.
     """
@@ -113,7 +113,7 @@ def pair_losses(rewards: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor
 
 
 def group_rewards(reward: RewardModel, groups: list[list[list[int]]]) -> torch.Tensor:
-    """Rewards of encoded groups, (groups, n), with gradient."""
+    """Compute rewards of encoded groups, (groups, n), with gradient."""
     rows = [row for group in groups for row in group]
     ids, mask = pad(rows, reward.tokenizer.pad_token_id, "right")
     return reward.model(input_ids=ids, attention_mask=mask).logits.view(len(groups), -1)
@@ -121,7 +121,7 @@ def group_rewards(reward: RewardModel, groups: list[list[list[int]]]) -> torch.T
 
 @torch.inference_mode()
 def measure(reward: RewardModel, groups: list[Group]) -> tuple[float, float, int]:
-    """Mean pair loss (nats), pair accuracy and number of pairs on held-out groups."""
+    """Measure mean pair loss (nats), pair accuracy and number of pairs on held-out groups."""
     rewards = torch.tensor(score_groups(reward, groups))
     losses, right = pair_losses(rewards, torch.tensor([group.rewards for group in groups]))
     return float(losses.mean()), float(right.double().mean()), len(losses)

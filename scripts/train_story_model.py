@@ -1,9 +1,9 @@
 """Train the demo's story model from scratch on drawn stories (see `draw_stories.py`).
 
-Learns a byte-level BPE, then a Llama-style model of 1.9 M parameters. Half of the rows begin at a
-sentence inside a story, so that the model can go on from any opening, not only from "Once upon a
-time". A story that the source model did not finish gets no end token. Deterministic for a seed and
-a number of threads.
+Learns a byte-level BPE, then a Llama-style model of 1.9 M parameters. Half of the rows start at a
+sentence inside a story, so that the model can continue any opening, not only "Once upon a time".
+A story that the source model did not finish gets no end token. Deterministic for a seed and a
+number of threads.
 
     python scripts/train_story_model.py --stories build/stories --source MODEL_FOLDER \\
         --out src/bonbon/demo/story-model
@@ -72,7 +72,7 @@ Samples at temperature 1, not selected:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that begins every text with <s>; a pair of texts is joined as it stands."""
+    """Train a byte-level BPE that starts every text with <s>; a pair of texts is concatenated."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,7 +92,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 
 def read_stories(folder: Path) -> tuple[list[Story], int]:
-    """All stories with whether they were finished, and the number of tokens drawn for them."""
+    """Read all stories, whether each was finished, and the total number of tokens drawn."""
     stories: list[Story] = []
     drawn = 0
     for path in sorted(folder.glob("stories-*.parquet")):
@@ -103,7 +103,7 @@ def read_stories(folder: Path) -> tuple[list[Story], int]:
 
 
 def from_a_sentence(text: str, generator: np.random.Generator) -> str:
-    """The story from a random sentence on, the last third left out as a start."""
+    """Return the story from a random sentence on, which starts in its first two thirds."""
     starts = [match.end() for match in re.finditer(r'[.!?]"?\s+', text[: len(text) * 2 // 3])]
     return text[generator.choice(starts) :] if starts else text
 
@@ -123,7 +123,7 @@ def batches(
     context: int,
     generator: np.random.Generator,
 ) -> Iterator[Rows]:
-    """One pass in random order; rows of like length share a batch (sorted inside 64 batches)."""
+    """Yield one pass in random order; rows are sorted by length within 64 batches."""
     order = generator.permutation(len(stories))
     for start in range(0, len(order), batch * 64):
         block = [stories[i] for i in order[start : start + batch * 64]]
@@ -138,7 +138,7 @@ def batches(
 
 
 def loss_of(model: LlamaForCausalLM, rows: Rows) -> torch.Tensor:
-    """Mean loss a token. Padding is on the right, so the causal mask alone hides it."""
+    """Compute the mean loss a token. The causal mask hides padding, which is on the right."""
     ids, mask = pad(rows, model.config.pad_token_id, "right")
     labels = ids.masked_fill(mask == 0, -100)
     return model(input_ids=ids, labels=labels, use_cache=False).loss
@@ -164,7 +164,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, context: int) -> LlamaForCau
 def build_optimizer(
     model: LlamaForCausalLM, lr: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW without decay on the norms; linear warm-up, then a cosine to 2%."""
+    """Make AdamW without decay on the norms; linear warm-up, then a cosine to 2%."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -184,7 +184,7 @@ def build_optimizer(
 
 @torch.inference_mode()
 def held_out_loss(model: LlamaForCausalLM, rows: Rows) -> tuple[float, int]:
-    """Nats a token over all rows, and the number of tokens predicted."""
+    """Compute nats a token over all rows, and the number of tokens predicted."""
     total, count = 0.0, 0
     rows = sorted(rows, key=len)
     for start in range(0, len(rows), 64):
@@ -200,14 +200,14 @@ def words(text: str) -> list[str]:
 
 
 def common_words(texts: list[str]) -> set[str]:
-    """Words that at least `COMMON` of the texts have; the rest is mostly misspelt."""
+    """Return the words in at least `COMMON` texts; the others are mostly misspelt."""
     counts = Counter(word for text in texts for word in set(words(text)))
     return {word for word, count in counts.items() if count >= COMMON}
 
 
 @torch.inference_mode()
 def unknown_share(model: PreTrainedModel, tokenizer: Any, known: set[str]) -> float:
-    """The share of words outside `known` among some stories drawn at temperature 1."""
+    """Measure the share of words outside `known` in stories drawn at temperature 1."""
     begin = torch.full((512, 1), tokenizer.bos_token_id)
     drawn = model.generate(begin, do_sample=True, top_k=0, max_new_tokens=100)
     # The last word may be cut off.
@@ -218,7 +218,7 @@ def unknown_share(model: PreTrainedModel, tokenizer: Any, known: set[str]) -> fl
 
 @torch.no_grad()
 def sharpen(model: LlamaForCausalLM, factor: float) -> None:
-    """Multiply all logits by `factor`: temperature 1 becomes what temperature 1/factor was."""
+    """Multiply all logits by `factor`: temperature 1 becomes the old temperature 1/factor."""
     model.model.norm.weight.mul_(factor)
 
 

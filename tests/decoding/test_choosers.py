@@ -585,7 +585,7 @@ def test_embeddings_that_are_not_numbers() -> None:
     ("changes", "said"),
     [
         ({"distance": "cosine"}, "distance is `embedding` or package.module:function"),
-        ({"distance": "m:f", "embedding": "m"}, "`embedding` is of no use to a distance function"),
+        ({"distance": "m:f", "embedding": "m"}, "a distance function does not use `embedding`"),
         ({"beta": -1}, "greater than or equal to 0"),
         ({"beta": math.nan}, "finite"),
     ],

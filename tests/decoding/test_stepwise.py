@@ -674,7 +674,7 @@ def test_real_rows_are_pruned_reproducibly(model: Any, strategy: Strategy) -> No
 @pytest.mark.parametrize("strategy", STEPWISE, ids=repr)
 def test_a_source_of_whole_draws_is_refused(model: Any, strategy: Strategy) -> None:
     whole = SimpleNamespace(config=SamplingConfig(n=2), draw=None, embed=None)
-    with pytest.raises(BonbonError, match="which takes a model in this process"):
+    with pytest.raises(BonbonError, match="which needs a model in this process"):
         strategy.generate(real_prompts(), whole, length_and_letters)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="pass one"):
         strategy.generate(real_prompts(), source_of(model, n=2), None)

@@ -763,7 +763,7 @@ def test_an_endpoint_that_is_away_ends_with_what_is_kept(
         judge_comparisons(config_of(stub.url), some_comparisons(500), path)
     assert str(error.value) == (
         f"the judge at {stub.url}/chat/completions does not answer (status 503: no: None); "
-        f"20 of 1000 judgements are kept in {path}; the same command goes on"
+        f"20 of 1000 judgements are kept in {path}; the same command resumes"
     )
     assert len(read_judgements(path)) == 20
     # The first request to use up its tries ends it for all.

@@ -200,7 +200,7 @@ def test_cost_in_tokens_and_seconds() -> None:
         ([scored(0, [1, 2, 3]), group_of("p1")], "p1 is not scored"),
         (
             [scored(0, [1] * 3), scored(1, [1] * 3, finish_reasons=("stop", "rejected", "stop"))],
-            "p1 has completions that were given up",
+            "p1 has rejected completions",
         ),
     ],
 )
@@ -301,7 +301,7 @@ def test_the_plot(tmp_path: Path) -> None:
     # Nothing extrapolated: nothing dashed.
     plot_plan(plan(drawn(np.random.default_rng(4), 30, 6), 0.8, max_n=5), tmp_path / "measured.svg")
     assert "<!-- extrapolated -->" not in (tmp_path / "measured.svg").read_text()
-    with pytest.raises(BonbonError, match="a plot is one of"):
+    with pytest.raises(BonbonError, match="must end in one of png"):
         plot_plan(found, tmp_path / "plan.gif")
 
 

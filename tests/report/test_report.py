@@ -88,7 +88,7 @@ def test_the_other_tables(html: str) -> None:
         "−2.1 −2.4 to −1.8",
     ]
     assert "Drift at an equal win rate of 70.0%" not in tables  # nothing is known of it
-    judged = tables["Win rate against the base model by who is asked"]
+    judged = tables["Win rate against the base model, by each reward and judge"]
     assert ["judge’s comparisons", "320", "–", "–", "320"] in judged
     assert ["of them unreadable", "3", "–", "–", "3"] in judged
     tasks = next(rows for caption, rows in tables.items() if caption.startswith("Tasks"))
@@ -153,9 +153,9 @@ def test_a_gain_is_said_with_its_cost(tmp_path: Path) -> None:
     least = 0.4912 * 1.4567
     assert "It moved 1.46 nats from the base model (KL divergence); the least" in text
     assert f"is {least:.2f} (efficiency 0.49)" in text
-    assert "No difference in length from the base model’s answers can be told (+0.1 tokens" in text
-    assert "never trained on (gold) says 78 of 100" in text
-    assert "no loss can be told there (+0.3 of 100 (95% interval −0.1 to +0.7))" in text
+    assert "no clear difference in length from the base model’s answers (+0.1 tokens" in text
+    assert "By a reward never trained on (gold) the model wins 78 of 100" in text
+    assert "no clear loss there (+0.3 of 100 (95% interval −0.1 to +0.7))" in text
     judged = "a judge model on 317 pairs (3 of 320 had no readable verdict) it wins 75 of 100"
     assert judged in text
     assert "some of what the base model knew is forgotten" in text
@@ -165,10 +165,10 @@ def test_a_gain_is_said_with_its_cost(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said", "not_said"),
     [
-        ({"win_rate": fig(0.508, 0.02)}, "No difference from the base model can", "recovers"),
+        ({"win_rate": fig(0.508, 0.02)}, "no clear difference from the base model:", "recovers"),
         ({"win_rate": fig(0.41, 0.02)}, "worse than the base model", "recovers"),
-        ({"win_rate": fig(0.5)}, "No difference from the base model can", "recovers"),
-        ({"win_rate": fig(0.504, 0.002)}, "In 50.4 of 100", "No difference from"),
+        ({"win_rate": fig(0.5)}, "no clear difference from the base model:", "recovers"),
+        ({"win_rate": fig(0.504, 0.002)}, "In 50.4 of 100", "no clear difference from"),
         ({"win_rate": None}, "was not measured", "preferred"),
         ({"recovered": fig(1.07, 0.02)}, "the model’s gain is 107% of that", "recovers"),
         ({"recovered": fig(0.998, 0.02)}, "recovers 99.8% of", "100%"),
@@ -184,26 +184,27 @@ def test_a_gain_is_said_with_its_cost(tmp_path: Path) -> None:
         ({"win_rate_by": {"gold": fig(0.641, 0.01)}, "win_rate_loss_by": {}},
          "the gain shrinks by 50% there (best-of-4’s own shrinks by 1%)", "no sign"),
         ({"win_rate_by": {"gold": fig(0.76, 0.015)}, "win_rate_loss_by": {"gold": fig(0.02, 0.01)}},
-         "the gain shrinks by", "no loss"),
+         "the gain shrinks by", "no clear loss"),
         ({"win_rate": fig(0.85, 0.08), "win_rate_by": {"gold": fig(0.65, 0.13)},
-          "win_rate_loss_by": {}}, "20.0 of 100 apart, which the two intervals alone", "no sign"),
-        ({"win_rate": fig(0.6, 0.11), "recovered": fig(0.26, 0.24)}, "cannot be told", "none of"),
-        ({"length_change": fig(30, 35)}, "No difference in length from", "as long as"),
+          "win_rate_loss_by": {}}, "20.0 of 100 apart, which by the two intervals", "no sign"),
+        ({"win_rate": fig(0.6, 0.11), "recovered": fig(0.26, 0.24)}, "not clear that", "none of"),
+        ({"length_change": fig(30, 35)}, "no clear difference in length from", "as long as"),
         ({"tie_rate": fig(0.8, 0.02)}, "Ties count half: 80 of 100 pairs tie.", "x:"),
         ({"win_rate": fig(0.5), "tie_rate": fig(1.0)}, "every pair ties", "x:"),
         ({"judge": {"win_rate": fig(0.9, 0.1), "comparisons": 160, "unreadable": 150}},
          "on 10 pairs (150 of 160 had no readable verdict)", "160 times"),
         ({"judge": {"win_rate": None, "comparisons": 9, "unreadable": 9}},
-         "asked about 9 pairs and gave no verdict", "it wins"),
+         "asked about 9 pairs and gave no readable verdict", "it wins"),
         ({"kl": None, "kl_efficiency": None}, "KL divergence from the base model is not", "x:"),
-        ({"win_rate_by": {"gold": fig(0.51, 0.02)}}, "no gain can be told there", "no sign"),
+        ({"win_rate_by": {"gold": fig(0.51, 0.02)}}, "no clear gain there", "no sign"),
         ({"win_rate_by": {"gold": fig(0.45, 0.02)}}, "is over-optimised", "no sign"),
         ({"win_rate": fig(0.45, 0.02), "win_rate_by": {"gold": fig(0.4, 0.02)}},
-         "by it the model is worse than the base model.", "over-optimised"),
+         "by that reward the model is worse than the base model.", "over-optimised"),
         ({"judge": None}, "Drawing 4", "judge"),
         ({"judge": {"win_rate": None, "comparisons": 0, "unreadable": 0}}, "Drawing 4", "judge"),
-        ({"judge": {"win_rate": fig(0.52, 0.05), "comparisons": 90}}, ": no difference can", "x:"),
-        ({"human_text": {"forgetting": fig(-0.001, 0.003)}}, "Nothing forgotten shows", "knew"),
+        ({"judge": {"win_rate": fig(0.52, 0.05), "comparisons": 90}},
+         ": no clear difference", "x:"),
+        ({"human_text": {"forgetting": fig(-0.001, 0.003)}}, "No forgetting shows", "knew"),
         ({"win_rate": {"value": float("nan"), "low": 0, "high": 1}}, "was not measured", "nan"),
     ],
 )  # fmt: skip
@@ -225,7 +226,7 @@ def test_a_reward_with_nothing_to_choose_by(tmp_path: Path) -> None:
 
 def test_prompts_that_were_trained_on_are_a_caution(tmp_path: Path) -> None:
     assert sentences(tmp_path, evaluation(prompts_trained_on=12))[-1].startswith(
-        "Caution: 12 of the 25 prompts were trained on too"
+        "Caution: 12 of the 25 prompts were also trained on"
     )
 
 
@@ -236,8 +237,8 @@ def comparison(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("wins", "said"),
     [
-        ([fig(0.6, 0.15), fig(0.58, 0.03)], "Better than the base model beyond error: sft_bon."),
-        ([fig(0.45, 0.03), fig(0.44, 0.09)], "no policy can be told to be better"),
+        ([fig(0.6, 0.15), fig(0.58, 0.03)], "Clearly better than the base model: sft_bon."),
+        ([fig(0.45, 0.03), fig(0.44, 0.09)], "no policy is clearly better"),
         ([fig(0.45, 0.03), fig(0.44, 0.02)], "every policy is worse"),
     ],
 )
@@ -288,7 +289,7 @@ def test_a_comparison_ranks_the_policies(tmp_path: Path) -> None:
     pair = values["pairs"][0]
     swapped = {"ours": "sft_bon", "theirs": "rank_regression", "difference": fig(-0.01, 0.02)}
     values["pairs"] = [pair | swapped]
-    assert "cannot be told apart from the next, sft_bon: its lead is 1.0 of 100" in " ".join(
+    assert "not clearly better than the next, sft_bon: its lead is 1.0 of 100" in " ".join(
         sentences(tmp_path, values)
     )
 
@@ -299,7 +300,7 @@ def test_a_comparison_of_policies_that_are_no_better(tmp_path: Path) -> None:
         name: model | {"win_rate": fig(0.5 if name == "base" else 0.505, 0.01)}
         for name, model in values["models"].items()
     }
-    assert "no policy can be told to be better" in " ".join(sentences(tmp_path, values))
+    assert "no policy is clearly better" in " ".join(sentences(tmp_path, values))
     values["models"] = {"base": values["models"]["base"]}
     assert sentences(tmp_path, values) == ["No policy was measured against the base model."]
 

@@ -353,7 +353,7 @@ def test_a_store_that_goes_down_loses_nothing(
     assert str(caught.value).startswith(
         "cannot write s3://bucket/runs/one/groups/shard-00001.parquet: the store cannot be reached"
     )
-    assert "the same command goes on" in str(caught.value)
+    assert "run the same command to resume" in str(caught.value)
     with pytest.raises(BonbonError, match="the store cannot be reached"):
         is_there(shard_path(remote.groups, 0))  # which is not the same as no
     store.start()
@@ -417,7 +417,7 @@ def test_a_full_disk(
     monkeypatch.setattr(files, "beside", lambda _: full)
     with pytest.raises(
         BonbonError,
-        match=r"cannot write .*shard-00001\.parquet: No space left on device; make room",
+        match=r"cannot write .*shard-00001\.parquet: No space left on device; free some space",
     ):
         write_shard(shard_path(tmp_path, 1), groups, {})
     assert shard_indices(tmp_path) == [0]
@@ -431,7 +431,7 @@ def test_a_disk_that_fills_up_within_a_file(tmp_path: Path, make_group: MakeGrou
     groups = [make_group(f"p{i}", prompt=os.urandom(500).hex()) for i in range(200)]
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(BonbonError, match=r"cannot write .*: File too large; make room"):
+        with pytest.raises(BonbonError, match=r"cannot write .*: File too large; free some space"):
             write_shard(shard_path(tmp_path, 0), groups, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

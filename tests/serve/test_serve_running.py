@@ -165,7 +165,7 @@ def test_an_error_in_a_stream_that_has_begun(error: Exception) -> None:
         with pytest.raises(openai.APIError) as caught:
             list(chunks)
         assert not isinstance(caught.value, openai.APIStatusError)
-        message = "too bad" if isinstance(error, BackendError) else "the server made a mistake"
+        message = "too bad" if isinstance(error, BackendError) else "the server failed unexpectedly"
         assert message in caught.value.message
         assert "inside" not in caught.value.message
 

@@ -475,10 +475,10 @@ def test_policies_are_read(text: str, spec: PolicySpec) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("m@best-of-x", "'best-of-x' is no way of decoding"),
+        ("m@best-of-x", "'best-of-x' is not a decoding setting"),
         ("m@best-of-0", "N >= 1"),
-        ("m@temperature=hot", "'temperature=hot' is no way of decoding"),
-        ("m@top_p=0.9,beams=4", "'beams=4' is no way of decoding"),
+        ("m@temperature=hot", "'temperature=hot' is not a decoding setting"),
+        ("m@top_p=0.9,beams=4", "'beams=4' is not a decoding setting"),
         ("name=", r"\[NAME=\]MODEL\[@DECODING\]"),
         ("", r"\[NAME=\]MODEL\[@DECODING\]"),
     ],

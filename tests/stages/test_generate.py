@@ -439,7 +439,7 @@ def test_the_command_plans(pilot: Path, tmp_path: Path) -> None:
     for arguments, said in [
         (["--win-rate", 1.5], "lies between 0 and 1"),
         (["--win-rate", 0.9, "--tokens-per-second", -5], "a number above 0"),
-        (["--win-rate", 0.9, "--plot", "plan.txt"], "a plot is one of png"),
+        (["--win-rate", 0.9, "--plot", "plan.txt"], "must end in one of png"),
         (["--win-rate", 0.9, "--by", "silver"], "no metric 'silver'"),
     ]:
         refused = run_command("plan", pilot, *arguments)

@@ -1,4 +1,4 @@
-"""What `bonbon generate` prints."""
+"""Console output of `bonbon generate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def answer_prompts(config: GenerateConfig, texts: Sequence[str]) -> None:
-    """Answer prompts at once: each answer on standard output, its cost on standard error."""
+    """Answer prompts; print each answer on standard output and its cost on standard error."""
     from bonbon.decoding.source import LocalSource
     from bonbon.groups.prompts import PromptRow, checked_prompt
     from bonbon.rewards.from_config import build_reward
@@ -40,12 +40,12 @@ def answer_prompts(config: GenerateConfig, texts: Sequence[str]) -> None:
 
 
 def _prompt(text: str, chat: bool) -> str | list[dict[str, str]]:
-    """A text for a model of plain text, a user's message for a chat model."""
+    """Return a prompt: a plain text, or a user's message for a chat model."""
     return [{"role": "user", "content": text}] if chat else text
 
 
 def printable(text: str) -> str:
-    """Without what could steer a terminal: control characters and marks of writing direction."""
+    """Remove control characters and direction marks, which could steer a terminal."""
     return "".join(c for c in text if c in "\n\t" or not _steers(c))
 
 
@@ -69,7 +69,7 @@ def _cost(generation: Generation) -> str:
 
 
 def show_spent(spent: Spent, config: GenerateConfig, out: Path) -> None:
-    """A table of what an answer cost on the average, and where everything is."""
+    """Print a table of the mean cost of an answer, and the paths of the results."""
     each = spent.per_answer()
     table = Table(title=f"{strategy_name(config.strategy)}, n = {config.sampling.n}")
     row = {"prompts": f"{spent.prompts:,}"}
@@ -92,7 +92,7 @@ def show_spent(spent: Spent, config: GenerateConfig, out: Path) -> None:
 
 
 def show_fitted(fitted: FittedBeta, by: str) -> None:
-    """The curve as a table, and which value is best."""
+    """Print the curve as a table, and the best value."""
     field = fitted.field
     table = Table(title=f"{by} of the answers by {field}")
     for name in (field, by, "95% interval"):

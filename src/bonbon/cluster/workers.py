@@ -42,7 +42,7 @@ class WorkerSettings:
     set_aside: frozenset[tuple[str, str]]  # (stage, prompt id) of earlier runs
 
     def folder(self) -> RunFolder:
-        """The run's folder."""
+        """Return the run's folder."""
         return RunFolder(self.path, self.config)
 
 

@@ -1,9 +1,9 @@
-"""Best-of-n at inference time: ways of spending n draws on one good answer.
+"""Best-of-n at inference time: strategies that spend n draws on one answer.
 
     bonbon.generate(prompts, model, reward, strategy="best_of_n")
 
 A strategy is an immutable settings object (`SpeculativeRejection(alpha=0.5)`); `STRATEGIES` lists
-them by name. Names are imported when they are first used.
+them by name. Names are imported on first use.
 """
 
 from __future__ import annotations

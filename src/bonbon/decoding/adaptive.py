@@ -1,4 +1,4 @@
-"""Adaptive n: go on drawing for a prompt while a further draw is worth its tokens."""
+"""Adaptive n: draw for a prompt as long as a further draw is worth its tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def expected_gain(rewards: ArrayLike) -> float:
-    """What the best reward is expected to grow by with draw k + 1, from the rewards of k draws.
+    """Estimate the expected growth of the best reward with draw k + 1, from k rewards.
 
     The expected growth G_m = E[max of m] − E[max of m − 1] has an unbiased estimate for each
     m ≤ k, the mean over all subsets of the draws: with r_(1) ≤ … ≤ r_(k),
@@ -31,16 +31,16 @@ def expected_gain(rewards: ArrayLike) -> float:
         G_m = Σ_i (r_(i+1) − r_(i)) · C(i, m−1)/C(k, m−1) · (k − i)/(k − m + 1).
 
     For m = k that is (r_(k) − r_(k−1))/k, a single spacing and so mostly noise. Here m = ⌊k/2⌋ + 1,
-    where many spacings share in it, and it is carried on to k + 1 as 1/m, an exponential tail's law
-    (rewards without such a tail gain less, heavier tails more):
+    which averages many spacings, and the estimate is extrapolated to k + 1 as 1/m, the law of an
+    exponential tail (lighter tails gain less, heavier tails more):
 
         G_(k+1) ≈ G_m · m/(k + 1).
 
-    No distribution is fitted: the expected improvement under a fitted Student-t or
-    normal draws far too long where rewards have a ceiling.
+    No distribution is fitted: the expected improvement under a fitted Student-t or normal draws far
+    too long where rewards have a ceiling.
 
-    In units of the reward; a shift of all rewards changes nothing, a factor multiplies it. Zero
-    where all rewards tie, infinite for fewer than two, which say nothing.
+    In units of the reward: a shift of all rewards changes nothing, a factor multiplies it. Zero
+    where all rewards tie, infinite for fewer than two rewards.
     """
     ordered = np.sort(np.asarray(rewards, dtype=np.float64))
     if len(ordered) < 2:
@@ -50,7 +50,7 @@ def expected_gain(rewards: ArrayLike) -> float:
 
 @lru_cache(maxsize=1024)
 def _spacing_weights(k: int) -> Floats:
-    """The weight of each spacing r_(i+1) − r_(i), i = 1..k−1, in `expected_gain`."""
+    """Return the weight of each spacing r_(i+1) − r_(i), i = 1..k−1, in `expected_gain`."""
     m = k // 2 + 1
     i = np.arange(k - 1, 0, -1)
     # C(i, m−1) over C(i + 1, m−1); their product from k down is C(i, m−1)/C(k, m−1).
@@ -60,25 +60,25 @@ def _spacing_weights(k: int) -> Floats:
 
 
 class AdaptiveN(Strategy):
-    """Draw in rounds, and stop where the expected gain of one more draw is below its price.
+    """Draw in rounds until the expected gain of one more draw is below its price.
 
-    A prompt's first round has `min_n` draws, each further one `batch`, never more than n in all.
-    Drawing stops when `expected_gain` < price · the mean length so far in tokens (1 at least), and
-    the best is kept, of tied candidates the first drawn. At price 0 it is best-of-n. A prompt's
-    draws are those of best-of-n, and its end does not depend on the other prompts; the prompts that
-    go on are drawn together. Each round reads the prompt anew, which a larger `batch` saves.
+    A prompt's first round has `min_n` draws, each later round `batch`, never more than n in total.
+    Drawing stops when `expected_gain` < price · the mean length so far in tokens (at least 1). The
+    best candidate is kept, of tied ones the first drawn. Price 0 is best-of-n. A prompt's draws are
+    those of best-of-n, and when it stops does not depend on the other prompts; unfinished prompts
+    are drawn together. Each round reads the prompt again, so a larger `batch` reads less.
 
-    With a known distribution of rewards the rule that stops at the best possible time is
-    Weitzman's (1979), whose threshold b solves E[(R − b)⁺] = cost; Kalayci et al. 2025
-    (arXiv 2510.01394) bring it to language models. Here the distribution is known from a prompt's
-    few rewards alone, and the estimate decides. It cannot know of rewards that it has not seen:
-    where rewards are sparse (0 for nearly all completions) the first ones tie, the gain is 0, and
-    drawing stops after `min_n`. Set `min_n` so large that a success is likely among as many draws.
+    For a known distribution of rewards the optimal stopping rule is Weitzman's (1979), whose
+    threshold b solves E[(R − b)⁺] = cost; Kalayci et al. 2025 (arXiv 2510.01394) apply it to
+    language models. Here only a prompt's few rewards are known, so the rule uses the estimate. It
+    cannot foresee rewards that it has not seen: with sparse rewards (0 for nearly all completions)
+    the first ones tie, the gain is 0, and drawing stops after `min_n`. Set `min_n` so large that a
+    success among so many draws is likely.
     """
 
-    independent: ClassVar[bool] = False  # how many there are depends on what they are
+    independent: ClassVar[bool] = False  # their number depends on their rewards
 
-    price: float = Field(ge=0, description="of a token, in units of the reward")
+    price: float = Field(ge=0, description="price of a token, in units of the reward")
     batch: int = Field(
         4, ge=1, le=LARGEST_N, description="draws a prompt in each round after the first"
     )
@@ -103,16 +103,16 @@ class AdaptiveN(Strategy):
         return [Generation(candidates[i].group, k, candidates[i].cost) for i, k in enumerate(best)]
 
     def rounds(self, n: int) -> list[range]:
-        """Which of a prompt's n draws each round makes."""
+        """Return which of a prompt's n draws each round makes."""
         first = n if self.price == 0 else min(self.min_n, n)
         return [
             range(start, stop) for start, stop in pairwise([0, *range(first, n, self.batch), n])
         ]
 
     def keeps_drawing(self, group: Group) -> bool:
-        """Whether a further draw is worth its price.
+        """Return whether a further draw is worth its price.
 
-        Draws that failed do not count towards `min_n`, but they do towards n.
+        Failed draws count towards n, but not towards `min_n`.
         """
         assert group.rewards is not None
         tokens = max(sum(group.lengths()) / group.n, 1.0)
@@ -120,5 +120,5 @@ class AdaptiveN(Strategy):
 
 
 def _with(old: Candidates, new: Candidates) -> Candidates:
-    """Candidates of one prompt after further ones of it."""
+    """Join two sets of candidates of one prompt."""
     return Candidates(joined([old.group, new.group]), old.cost + new.cost)

@@ -1,4 +1,4 @@
-"""`generate`: prompts in, the best answers that n draws can buy out."""
+"""`generate`: answers prompts by a decoding strategy."""
 
 from __future__ import annotations
 
@@ -34,24 +34,23 @@ def generate(
     """Answer each prompt by a strategy.
 
     Args:
-        prompts: texts, taken as they are, lists of {"role", "content"} messages, which go through
-            the chat template, or `PromptRow`s. A prompt's draws depend on its id and not on its
-            neighbours; without one its place is its id (`row-1`, `row-2`, …). Prompts that are too
-            long for the model are an error, unless `sampling.on_long_prompt` says otherwise:
-            skipped ones have no generation.
+        prompts: plain texts, lists of {"role", "content"} messages (for the chat template), or
+            `PromptRow`s. A prompt's draws depend on its id, not on other prompts; the default id is
+            its position (`row-1`, `row-2`, …). Prompts too long for the model are an error, unless
+            `sampling.on_long_prompt` says otherwise: skipped ones have no generation.
         model: a folder or hub id, or a model in evaluation mode with its `processing_class`.
-        reward: anything that maps (prompts, completions) to numbers, a reward model's folder or
-            hub id, or `package.module:function`. Strategies that vote take none.
+        reward: a function from (prompts, completions) to numbers, a reward model's folder or hub
+            id, or `package.module:function`. Strategies that vote need none.
         strategy: a name, or settings such as `SpeculativeRejection(alpha=0.5)`.
-        sampling: how completions are drawn; `sampling.n` candidates are what a strategy may spend.
-        stop: strings at whose first appearance a completion ends.
+        sampling: how completions are drawn; a strategy may draw `sampling.n` candidates.
+        stop: strings that end a completion where they first appear.
         progress: called with the number of tokens of each step.
 
     Raises BonbonError for prompts that do not fit, a model or reward that cannot be loaded, and
     rewards that are not finite; ValueError for an unknown strategy or a reward that is missing.
     """
     if isinstance(prompts, str):
-        raise ValueError("prompts is a list of prompts; put the only one into a list")
+        raise ValueError("prompts must be a list; put a single prompt into a list")
     chosen = parse_strategy(strategy)
     if chosen.needs_reward and reward is None:
         raise ValueError(f"strategy {strategy_name(chosen)} chooses by a reward; pass one")

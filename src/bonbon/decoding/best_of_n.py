@@ -1,4 +1,4 @@
-"""Best-of-n: the candidate of the largest reward."""
+"""Best-of-n: the candidate with the largest reward."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from bonbon.groups.group import Group
 
 
 class BestOfN(WholeDraws):
-    """Draw n, keep the best; of tied candidates the first drawn.
+    """Draw n and keep the best; of tied candidates the first drawn.
 
-    The tilt f(u) = n u^(n−1), `bonbon.tilt.BestOfN`: draws are exchangeable, so taking the first of
-    tied ones shares their probability as drawing among them would.
+    The tilt f(u) = n u^(n−1), `bonbon.tilt.BestOfN`. Draws are exchangeable, so the first of tied
+    ones has the same distribution as a random one of them.
     """
 
     def weights(self, group: Group, source: Source) -> Floats:

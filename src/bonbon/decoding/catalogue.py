@@ -30,7 +30,7 @@ STRATEGIES = {
 
 
 def strategy_class(name: str) -> type[Strategy]:
-    """The class of a strategy. Raises ValueError, listing the names, for an unknown one."""
+    """Return the class of a strategy. Raises ValueError, listing the names, if it is unknown."""
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}; there are {', '.join(STRATEGIES)}")
     module, _, kind = STRATEGIES[name].partition(":")
@@ -39,9 +39,9 @@ def strategy_class(name: str) -> type[Strategy]:
 
 
 def parse_strategy(value: Any) -> Strategy:
-    """A strategy from itself, its name, or `{name: NAME, setting: value, …}`.
+    """Return a strategy given as itself, its name, or `{name: NAME, setting: value, …}`.
 
-    Raises ValueError, naming the setting and what was expected.
+    Raises ValueError naming the wrong setting and what was expected.
     """
     if isinstance(value, Strategy):
         return value
@@ -78,13 +78,13 @@ def _explain(kind: type[Strategy], name: str, error: ValidationError) -> list[st
 
 
 def strategy_name(strategy: Strategy) -> str:
-    """The name that a strategy goes by."""
+    """Return a strategy's name."""
     kind = type(strategy)
     home = f"{kind.__module__.rsplit('.', 1)[-1]}:{kind.__qualname__}"
     return next((name for name, where in STRATEGIES.items() if where == home), kind.__name__)
 
 
 def describe_strategy(strategy: Strategy) -> dict[str, Any]:
-    """A strategy as plain values that `parse_strategy` reads; defaults left out."""
+    """Return a strategy as plain values that `parse_strategy` reads, without defaults."""
     settings = strategy.model_dump(mode="json", exclude_defaults=True)
     return {"name": strategy_name(strategy), **settings}

@@ -1,4 +1,4 @@
-"""The settings of `bonbon generate`: what decoding needs of a run, and a strategy."""
+"""The settings of `bonbon generate`: a run's settings for decoding, and a strategy."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ StrategySetting = Annotated[
 
 
 class GenerateConfig(Settings):
-    """Everything that defines what `bonbon generate` writes."""
+    """All settings of `bonbon generate`."""
 
     model: ModelConfig
-    prompts: PromptsConfig | None = Field(None, description="a file of them")
+    prompts: PromptsConfig | None = Field(None, description="a file of prompts")
     sampling: SamplingConfig = SamplingConfig()
-    reward: RewardConfig | None = Field(None, description="None: for strategies that only vote")
+    reward: RewardConfig | None = Field(None, description="None: only for strategies that vote")
     strategy: StrategySetting = Field(DEFAULT_STRATEGY, validate_default=True)
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="strings at whose first appearance a completion ends"
+        (), description="strings that end a completion where they first appear"
     )
 
 
 def parse_generate_config(
     values: Any, overrides: Sequence[str] = (), source: str = "the command line"
 ) -> GenerateConfig:
-    """Checked settings; what belongs to the rest of a run (`train` and so on) is passed over.
+    """Return checked settings; sections that only a run has (`train` and so on) are ignored.
 
     Raises BonbonError naming the wrong key or value and what was expected.
     """
@@ -54,7 +54,7 @@ def parse_generate_config(
 
 
 def without_run_sections(values: Any, kind: type[Settings]) -> Any:
-    """Plain values without the sections that only a run has."""
+    """Return plain values without the sections that only a run has."""
     if not isinstance(values, dict):
         return values
     others = RunConfig.model_fields.keys() - kind.model_fields.keys()
@@ -62,7 +62,7 @@ def without_run_sections(values: Any, kind: type[Settings]) -> Any:
 
 
 def check_reward(strategy: Strategy, reward: RewardConfig | None) -> None:
-    """Raise BonbonError for a strategy that chooses by a reward and has none."""
+    """Raise BonbonError if the strategy needs a reward and there is none."""
     if strategy.needs_reward and reward is None:
         raise BonbonError(
             f"strategy {strategy_name(strategy)} chooses by a reward; name one with --reward, or "
@@ -77,10 +77,11 @@ def with_named(
     reward: str | None = None,
     strategy: str | None = None,
 ) -> Any:
-    """Plain settings with what the options of a command name in place of what they have.
+    """Return plain settings, overridden by the options of a command.
 
-    `options` are `section.key` with its value; None leaves what there is. A reward replaces the
-    settings' whole; so does a strategy of another name. A bare `model` or `reward` is its name.
+    `options` maps `section.key` to a value; None leaves the setting unchanged. A `reward` replaces
+    the whole section, and so does a `strategy` of another name. In the settings, `model` or
+    `reward` may be just a name.
     """
     if not isinstance(values, dict):
         return values
@@ -106,7 +107,7 @@ def with_named(
 
 
 def reward_settings(name: str) -> RewardConfig:
-    """`package.module:function` as a function, anything else as a reward model."""
+    """Return the settings of a reward: a `package.module:function`, or else a reward model."""
     if re.fullmatch(FUNCTION_NAME, name):
         return RewardConfig(function=name)
     return RewardConfig(model=name)

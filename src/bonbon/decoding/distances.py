@@ -1,4 +1,4 @@
-"""How far candidates are from each other: by their embeddings, or by a function of the user's."""
+"""Distances between candidates, by embeddings or by a user's function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EMBEDDING = "embedding"
 
 
 def load_distance(distance: str, embedding: str | None) -> None:
-    """Load what `distances` will need, so that what is missing is said before anything is drawn.
+    """Load what `distances` needs, so that a failure comes before anything is drawn.
 
     Raises BonbonError for a function that cannot be imported or a model that cannot be loaded.
     """
@@ -29,14 +29,14 @@ def load_distance(distance: str, embedding: str | None) -> None:
 
 
 def distances(distance: str, embedding: str | None, group: Group, source: Source | None) -> Floats:
-    """d[i, j], how far completion i is from completion j, (n, n); need not be symmetric.
+    """Return the distances d[i, j] from completion i to j, (n, n); need not be symmetric.
 
     Args:
-        distance: "embedding", cosine distance, or `package.module:function`, called with the list
-            of completions.
-        embedding: a model folder or hub id whose embeddings are compared; None: those of `source`.
+        distance: "embedding" for the cosine distance, or `package.module:function`, called with the
+            list of completions.
+        embedding: a model folder or hub id that embeds the texts; None: `source` embeds them.
 
-    Raises BonbonError where there are no such distances, or when one is negative or not finite.
+    Raises BonbonError if the distances cannot be computed, or if one is negative or not finite.
     """
     if distance != EMBEDDING:
         return function_distances(distance, group)
@@ -53,10 +53,10 @@ def distances(distance: str, embedding: str | None, group: Group, source: Source
 
 
 def cosine_distances(embeddings: ArrayLike) -> Floats:
-    """1 − cos between embeddings of shape (n, width): (n, n), in [0, 2], zero on the diagonal.
+    """Return 1 − cos between embeddings of shape (n, width): (n, n), in [0, 2], zero diagonal.
 
-    A vector of zeros, such as an empty completion's, is at 1 from all others and at 0 from another
-    vector of zeros.
+    A vector of zeros, such as an empty completion's, has distance 1 from all others and 0 from
+    another vector of zeros.
     """
     x = np.asarray(embeddings, dtype=np.float64)
     norms = np.linalg.norm(x, axis=1)
@@ -69,7 +69,7 @@ def cosine_distances(embeddings: ArrayLike) -> Floats:
 
 
 def function_distances(name: str, group: Group) -> Floats:
-    """The distances that the function `package.module:function` returns for the completions.
+    """Return the distances that a function `package.module:function` gives the completions.
 
     Raises BonbonError when it fails, returns another shape, or a distance that is negative, NaN or
     infinite.
@@ -77,7 +77,7 @@ def function_distances(name: str, group: Group) -> Floats:
     function: Callable[[Sequence[str]], Any] = import_function(name, "distance function")
     try:
         apart = np.asarray(function(list(group.completions)), dtype=np.float64)
-    except Exception as error:  # the user's code: anything may come out of it
+    except Exception as error:  # the user's code may raise anything
         raise UserCodeError(f"distance function {name!r} failed: {error_text(error)}") from error
     return _checked(apart, f"distance function {name!r}", group)
 
@@ -97,10 +97,10 @@ def _checked(apart: Floats, what: str, group: Group) -> Floats:
 
 
 def embed_texts(name: str, texts: Sequence[str]) -> Floats:
-    """A model's last hidden states averaged over each text's tokens, (n, hidden width).
+    """Return a model's last hidden states, averaged over each text's tokens, (n, hidden width).
 
-    Special tokens count; texts too long for the model are cut at their end; a text without tokens
-    has a vector of zeros. Raises BonbonError when the model cannot be loaded (from safetensors).
+    Special tokens count. Texts too long for the model are cut at the end. A text without tokens has
+    a vector of zeros. Raises BonbonError when the model cannot be loaded (from safetensors).
     """
     from bonbon.models.loading import forward_batch_tokens
     from bonbon.models.padding import token_batches
@@ -121,13 +121,13 @@ def embed_texts(name: str, texts: Sequence[str]) -> Floats:
 
 def _longest_input(model: Any, tokenizer: Any) -> int:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    # The tokenizer's is a huge number where it knows none.
+    # `model_max_length` is a huge number if the tokenizer knows no limit.
     return int(min(tokenizer.model_max_length, positions or 2**31 - 1, 2**31 - 1))
 
 
 @lru_cache(maxsize=2)
 def _embedding_model(name: str) -> tuple[Any, Any]:
-    """The model, in evaluation mode, and its tokenizer; kept, since every prompt asks again."""
+    """Load a model in evaluation mode and its tokenizer; cached, since every prompt needs them."""
     from transformers import AutoModel, AutoTokenizer
 
     from bonbon.models.loading import load_pretrained, pick_device, pick_dtype

@@ -1,5 +1,8 @@
-"""Choosing β on a development set: groups with the rewards that a strategy chooses by, and a gold
-value of each completion that tells how good the choice was."""
+"""Choice of β on a development set.
+
+The set is groups with the rewards that a strategy chooses by, and a gold value of each completion
+that measures how good the choice was.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,13 @@ from bonbon.groups.provenance import check_independent
 from bonbon.groups.shards import read_groups
 from bonbon.system.errors import BonbonError
 
-# Five a decade; times the scale at which reward and regularisation weigh the same.
+# Five values a decade, relative to the β at which reward and regularisation weigh the same.
 _GRID = np.geomspace(1e-4, 1e1, 26)
 
 
 @dataclass(frozen=True)
 class BetaPoint:
-    """The expected gold value of a strategy's answers at one β: the mean over prompts."""
+    """The expected gold value of a strategy's answers at one β, averaged over prompts."""
 
     beta: float
     gold: Figure
@@ -37,8 +40,8 @@ class BetaPoint:
 class FittedBeta:
     """The β with the largest mean gold value, of tied ones the smallest.
 
-    `curve` has all that were tried, ascending. `at_edge`: the best is the last of the grid, or its
-    first where a smaller one would be allowed, so a wider grid may hold a better one.
+    `curve` has all tried values, ascending. `at_edge`: the best is the last value of the grid, or
+    the first if smaller ones are allowed, so a wider grid may have a better one.
     """
 
     beta: float
@@ -55,22 +58,22 @@ def fit_beta(
     source: Source | None = None,
     field: str = "beta",
 ) -> FittedBeta:
-    """The best β of a grid for a strategy, its other settings as they are.
+    """Return the best β of a grid for a strategy; its other settings stay fixed.
 
-    For each group the strategy's distribution over the candidates is known, so the expected gold
-    value is exact given the candidates; the interval is over prompts (bootstrap).
+    The strategy's distribution over the candidates of a group is known, so the expected gold value
+    is exact given the candidates. The interval is over prompts (bootstrap).
 
     Args:
-        strategy: one of whole draws that has the setting `field`.
-        groups: scored groups, drawn as they will be when the strategy is used.
-        gold: the metric of the groups that holds the gold values.
-        betas: the grid; None: 26 values from 1e-4 to 10 times the spread of the rewards over that
-            of what they are weighed against, both within prompts, and 0 where it is allowed.
-        source: what embeds completions, for distances of embeddings.
-        field: the setting that is fitted, `tau` for `SoftBestOfN`.
+        strategy: a strategy of whole draws that has the setting `field`.
+        groups: scored groups, drawn with the settings that the strategy will be used with.
+        gold: the groups' metric with the gold values.
+        betas: the grid; None: 26 values from 1e-4 to 10 times the ratio of two spreads within
+            prompts, that of the rewards over that of the penalties, and 0 if it is allowed.
+        source: embeds completions, for distances of embeddings.
+        field: the setting to fit, such as `tau` for `SoftBestOfN`.
 
-    Raises BonbonError for groups without rewards or gold values, ValueError for a setting or a
-    value of it that the strategy has not.
+    Raises BonbonError for groups without rewards or gold values, ValueError for a setting that the
+    strategy does not have or a value that it does not allow.
     """
     if field not in type(strategy).model_fields:
         raise ValueError(f"{type(strategy).__name__} has no setting {field!r}")
@@ -99,8 +102,8 @@ def _gold_values(group: Group, gold: str) -> Floats:
         raise BonbonError(f"prompt {group.prompt_id} has no rewards; score the groups first")
     if "rejected" in group.finish_reasons or not np.isfinite(group.rewards).all():
         raise BonbonError(
-            f"prompt {group.prompt_id} has completions that were given up, or rewards that are not "
-            "finite; fit on whole, scored draws"
+            f"prompt {group.prompt_id} has rejected completions, or rewards that are not finite; "
+            "fit on whole, scored draws"
         )
     if gold not in group.metrics:
         has = ", ".join(group.metrics) or "none"
@@ -144,7 +147,7 @@ def _default_grid(
 
 
 def _spread(per_prompt: Sequence[Floats]) -> float:
-    """The mean standard deviation within prompts; 1 where nothing varies."""
+    """Return the mean standard deviation within prompts; 1 if nothing varies."""
     mean = float(np.mean([values.std() for values in per_prompt])) if per_prompt else 0.0
     return mean if mean > 0 else 1.0
 
@@ -152,18 +155,18 @@ def _spread(per_prompt: Sequence[Floats]) -> float:
 def fit_on_folder(
     folder: Path, name: str, changes: Sequence[str], gold: str, field: str | None, model: str | None
 ) -> FittedBeta:
-    """`fit_beta` for a strategy by name on a folder of groups; `changes` are `setting=value`.
+    """Run `fit_beta` for a named strategy on a folder of groups; `changes` are `setting=value`.
 
-    Without a `field` it is the strategy's β, or its τ.
+    `field` None fits the strategy's β, or its τ if it has no β.
 
-    Raises BonbonError for what cannot be fitted, read or loaded.
+    Raises BonbonError when something cannot be fitted, read or loaded.
     """
     settings = parse_overrides(changes)
     try:
         fields = strategy_class(name).model_fields
         field = field or ("tau" if "beta" not in fields and "tau" in fields else "beta")
         for key in sorted(settings.keys() & {"name", field}):
-            raise BonbonError(f"--set {key}: leave it out; it is what is fitted, or --strategy's")
+            raise BonbonError(f"--set {key}: leave it out; it is fitted, or set by --strategy")
         settings |= {"name": name, field: 1.0}
         strategy = parse_strategy(settings)
     except ValueError as error:

@@ -1,15 +1,15 @@
-"""Partial scores: how promising a completion is before its end.
+"""Partial scores: estimates of how good an unfinished completion will be.
 
 Stepwise strategies score completions while they are drawn, by `partial`:
 
-- `reward`: the reward of the text as far as it goes. Reward models were trained on whole texts, so
-  how well this works depends on them.
+- `reward`: the reward of the text so far. Reward models were trained on whole texts, so how well
+  this works depends on the model.
 - `{implicit: MODEL}`: the log-ratio of a policy tuned from the base model (by DPO or BoNBoN) to the
-  base model, token by token. A policy that was tuned to π* ∝ π0 e^(r/β) has, up to a constant,
+  base model, token by token. A policy tuned to π* ∝ π0 e^(r/β) has, up to a constant,
   β ln π*(y)/π0(y) = r(y) as its implicit reward (Rafailov et al. 2023, arXiv 2305.18290), and its
   tokens' log-ratios are its advantages (Rafailov et al. 2024, arXiv 2404.12358).
 
-Both models read a partial completion anew at each checkpoint; that is not counted as drawn tokens,
+Both models read a partial completion again at each checkpoint. This is not counted as drawn tokens,
 but each scoring counts as a reward call.
 """
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from bonbon.models.padding import PaddedRows
     from bonbon.rewards.reward import Reward
 
-# Scores of a group's completions, (n,), in the reward's unit; the second argument says which of
+# Scores of a group's completions, (n,), in the reward's unit. The second argument tells which of
 # them are whole.
 Score = Callable[[Group, Sequence[bool]], Floats]
 LogRatios = Callable[[Group], list[Floats]]
 
 
 class ImplicitReward(Settings):
-    """Partial scores by a tuned policy in place of the reward."""
+    """Settings for partial scores by a tuned policy in place of the reward."""
 
     implicit: str = Field(description="a model tuned from the base model: a folder or hub id")
 
@@ -52,9 +52,9 @@ Partial = Literal["reward"] | ImplicitReward
 
 
 def by_reward(reward: Reward) -> Score:
-    """Score every completion, partial or whole, by its reward.
+    """Return a score that is the reward of every completion, partial or whole.
 
-    The score raises BonbonError for rewards that are not finite.
+    It raises BonbonError for rewards that are not finite.
     """
     from bonbon.rewards.reward import score_groups
 
@@ -65,11 +65,11 @@ def by_reward(reward: Reward) -> Score:
 
 
 def weighted_implicit_reward(log_ratios: ArrayLike) -> float:
-    """Σ_t w_t ln π*(y_t|x, y_<t)/π0(y_t|x, y_<t) with w_t = 1/t, nats; 0 without tokens.
+    """Return Σ_t w_t ln π*(y_t|x, y_<t)/π0(y_t|x, y_<t) with w_t = 1/t (nats); 0 without tokens.
 
     TreeBoN's score of partial completions (Qiu et al. 2024, arXiv 2410.16033, section 3), which
-    writes w_k = 1/|y_:k|; here |y_:k| counts the token itself, as the first one's weight would
-    have no value otherwise.
+    writes w_k = 1/|y_:k|. Here |y_:k| counts the token itself; otherwise the first weight would be
+    undefined.
     """
     ratios = np.asarray(log_ratios, dtype=np.float64)
     return float(ratios @ (1 / np.arange(1, len(ratios) + 1)))
@@ -79,19 +79,20 @@ def weighted_implicit_reward(log_ratios: ArrayLike) -> float:
 
 
 def token_log_ratios(name: str, source: Source) -> LogRatios:
-    """ln π*(y_t|x, y_<t)/π0(y_t|x, y_<t) of each completion's tokens (nats), π0 being `source`'s.
+    """Return a function that gives ln π*(y_t|x, y_<t)/π0(y_t|x, y_<t) of each token (nats).
 
-    Both models are taken at the source's sampling temperature; top-k and top-p play no part.
+    π* is the tuned model `name`, π0 the model of `source`. Both are taken at the source's sampling
+    temperature; top-k and top-p are ignored.
 
-    Raises BonbonError when the tuned model `name` cannot be loaded or has another vocabulary, and
-    for a source without a model.
+    Raises BonbonError when the tuned model cannot be loaded or has another vocabulary, and for a
+    source without a model in this process.
     """
     from bonbon.decoding.source import LocalSource
 
     if not isinstance(source, LocalSource):
         raise BonbonError(
-            f"an implicit reward ({name}) compares with the base model's own log-probabilities, "
-            "which takes a model in this process; set partial to reward"
+            f"an implicit reward ({name}) needs the base model's own log-probabilities, and so a "
+            "model in this process; set partial to reward"
         )
     tuned, tokenizer = _load(name, str(source.model.device), source.model.dtype)
     _check_vocabulary(name, tuned, tokenizer, source)
@@ -106,7 +107,7 @@ def token_log_ratios(name: str, source: Source) -> LogRatios:
 
 @lru_cache(maxsize=1)
 def _load(name: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Tokenizer]:
-    """The tuned policy, kept so that it is loaded once however often a strategy is called."""
+    """Load the tuned policy; cached, so that repeated calls of a strategy load it once."""
     from bonbon.models.loading import load_policy
 
     model, tokenizer = load_policy(name, device=device)
@@ -126,7 +127,7 @@ def _check_vocabulary(name: str, tuned: PreTrainedModel, tokenizer: Tokenizer, b
 
 
 def _token_log_probs(model: PreTrainedModel, group: Group, temperature: float) -> list[Floats]:
-    """ln π of each completion's tokens behind the prompt, one vector a completion."""
+    """Return ln π of each completion's tokens given the prompt, one vector a completion."""
     from bonbon.models.loading import forward_batch_tokens
     from bonbon.models.padding import pad_rows, token_batches
 
@@ -141,7 +142,7 @@ def _token_log_probs(model: PreTrainedModel, group: Group, temperature: float) -
 
 
 def _forward(model: PreTrainedModel, rows: PaddedRows, temperature: float) -> Floats:
-    """ln π of the rows' completions, (rows, longest completion); padding has a number too."""
+    """Return ln π of the rows' completions, (rows, longest completion); padding has values too."""
     import torch
 
     from bonbon.models.logprobs import last_log_probs

@@ -1,12 +1,12 @@
-"""Regularised best-of-n: a reward that is only a proxy, weighed against something that is not.
+"""Regularised best-of-n: weighs a reward, which is only a proxy, against a penalty.
 
-RBoN takes the one candidate that is best after a penalty; SRBoN takes the distribution on the
-candidates whose mean reward less β times a divergence from the base model is largest. RBoN with
-β = 0 is best-of-n, ties included. β has the scale of the reward: `fit_beta` finds one.
+RBoN takes the candidate with the largest reward minus penalty. SRBoN draws from the distribution on
+the candidates that maximises the mean reward minus β times a divergence from the base model. RBoN
+with β = 0 is best-of-n, ties included. β has the scale of the reward; `fit_beta` chooses it.
 
 Sources: Jinnai et al. 2024 (arXiv 2404.01054): RBoN-KL and RBoN-WD, which is also MBR-BoN. Ichihara
-et al. 2025 (arXiv 2502.12668): RBoN-L and the stochastic forms. Where the text leaves it open, as
-their released code has it.
+et al. 2025 (arXiv 2502.12668): RBoN-L and the stochastic forms. Where the papers leave
+details open, this follows their released code.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 
 def penalised_best(rewards: Floats, penalty: Floats, beta: float) -> int:
-    """argmax_i r_i − β·penalty_i, of tied candidates the first."""
+    """Return argmax_i r_i − β·penalty_i, of tied candidates the first."""
     return int(np.argmax(rewards - beta * penalty))
 
 
 def srbon_kl(rewards: Floats, log_base: Floats, beta: float) -> Floats:
-    """The q, (n,), with the largest E_q[r] − β·KL(q ‖ π0 on the candidates): ∝ π0(y) e^(r/β).
+    """Return the q, (n,), that maximises E_q[r] − β·KL(q ‖ π0 on the candidates): ∝ π0(y) e^(r/β).
 
     Args:
         log_base: ln π0 of the candidates up to a constant (nats), (n,).
@@ -48,10 +48,11 @@ def srbon_kl(rewards: Floats, log_base: Floats, beta: float) -> Floats:
 
 
 def srbon_wd(rewards: Floats, apart: Floats, base: Floats, beta: float) -> Floats:
-    """The q, (n,), with the largest E_q[r] − β·W1(q, base), W1 the cost of the best transport.
+    """Return the q, (n,), that maximises E_q[r] − β·W1(q, base), W1 the optimal transport cost.
 
-    A linear program over transport plans whose column sums are `base`, so each column is solved by
-    itself: the mass of candidate j goes to argmax_i r_i − β·d_ij, of tied ones to the first.
+    This is a linear program over transport plans whose column sums are `base`, so each column is
+    solved separately: the mass of candidate j goes to argmax_i r_i − β·d_ij, of tied ones to the
+    first.
 
     Args:
         apart: the ground distances d_ij, (n, n).
@@ -63,11 +64,11 @@ def srbon_wd(rewards: Floats, apart: Floats, base: Floats, beta: float) -> Float
 
 
 def base_logprobs(group: Group) -> Floats:
-    """ln π0 of each candidate, (n,), an outcome's probability shared by its copies (nats).
+    """Return ln π0 of each candidate (nats), (n,), a probability divided among its copies.
 
     So π0 on the candidates is π0 on the set of different ones, however often each was drawn. Two
-    candidates are copies when text and tokens agree; a text that is tokenised in two ways is two
-    outcomes of π0, whose probabilities add up. Raises BonbonError where one is missing.
+    candidates are copies if text and tokens agree; two tokenisations of a text are two outcomes of
+    π0, whose probabilities add up. Raises BonbonError if one is missing.
     """
     outcomes = list(zip(group.completions, group.token_ids, strict=True))
     copies = Counter(outcomes)
@@ -76,7 +77,7 @@ def base_logprobs(group: Group) -> Floats:
 
 
 def checked_logprobs(group: Group) -> Floats:
-    """ln π0 of each candidate, (n,) (nats). Raises BonbonError where one is missing."""
+    """Return ln π0 of each candidate, (n,) (nats). Raises BonbonError if one is missing."""
     logprobs = np.asarray(group.logprobs, dtype=np.float64)
     for k in np.flatnonzero(~np.isfinite(logprobs)):
         raise BonbonError(
@@ -96,11 +97,11 @@ class Regularised(WholeDraws):
     beta: float = Field(1.0, ge=0, description="weight of the regularisation; 0: best-of-n")
 
     def known(self, group: Group, source: Source | None) -> Floats:
-        """What the candidates are regularised by; the same for every β."""
+        """Return the values that regularise the candidates; the same for every β."""
         raise NotImplementedError
 
     def weigh(self, group: Group, known: Floats) -> Floats:
-        """The weights for what is `known`, (n,); see `WholeDraws.weights`."""
+        """Return the weights given the result of `known`, (n,); see `WholeDraws.weights`."""
         assert group.rewards is not None
         return one_hot(penalised_best(np.asarray(group.rewards), known, self.beta), group.n)
 
@@ -110,27 +111,29 @@ class Regularised(WholeDraws):
 
 
 class RBoNKL(Regularised):
-    """argmax r(y) + β ln π0(y); β in rewards a nat. Penalises what is unlikely, and so the long."""
+    """Choose argmax r(y) + β ln π0(y); β in rewards a nat. Penalises unlikely, so long, answers."""
 
     needs_logprobs: ClassVar[bool] = True
 
-    beta: float = Field(0.01, ge=0, description="reward given up for a nat of ln π0; 0: best-of-n")
+    beta: float = Field(
+        0.01, ge=0, description="reward to give up for a nat of ln π0; 0: best-of-n"
+    )
 
     def known(self, group: Group, source: Source | None) -> Floats:
-        """−ln π0(y), (n,) (nats)."""
+        """Return −ln π0(y), (n,) (nats)."""
         return -checked_logprobs(group)
 
 
 class RBoNLength(Regularised):
-    """argmax r(y) − β/|y|, |y| in tokens, the end token included; a penalty on short answers.
+    """Choose argmax r(y) − β/|y|, |y| in tokens with the end token; penalises short answers.
 
-    A candidate of no tokens counts as one of one token.
+    A candidate without tokens counts as one token.
     """
 
     beta: float = Field(1.0, ge=0, description="reward × tokens; 0: best-of-n")
 
     def known(self, group: Group, source: Source | None) -> Floats:
-        """1/|y|, (n,)."""
+        """Return 1/|y|, (n,)."""
         return np.asarray(1 / np.maximum(group.lengths(), 1))
 
 
@@ -147,7 +150,7 @@ class _ByDistance(Regularised):
         if self.distance != EMBEDDING and ":" not in self.distance:
             raise ValueError(f"distance is `{EMBEDDING}` or package.module:function")
         if self.distance != EMBEDDING and self.embedding is not None:
-            raise ValueError("`embedding` is of no use to a distance function; leave it out")
+            raise ValueError("a distance function does not use `embedding`; leave it out")
         return self
 
     def generate(
@@ -158,36 +161,38 @@ class _ByDistance(Regularised):
         return super().generate(prompts, source, reward)
 
     def known(self, group: Group, source: Source | None) -> Floats:
-        """The distances between candidates, (n, n)."""
+        """Return the distances between candidates, (n, n)."""
         return distances(self.distance, self.embedding, group, source)
 
 
 class RBoNWD(_ByDistance):
-    """argmax r(y) − β·mean_j d(y, y_j) over all n candidates, itself included (MBR-BoN).
+    """Choose argmax r(y) − β·mean_j d(y, y_j) over all n candidates, y included (MBR-BoN).
 
     The mean distance is W1 between y alone and the candidates.
     """
 
-    beta: float = Field(1.0, ge=0, description="reward given up for a distance of 1; 0: best-of-n")
+    beta: float = Field(
+        1.0, ge=0, description="reward to give up for a distance of 1; 0: best-of-n"
+    )
 
     def known(self, group: Group, source: Source | None) -> Floats:
-        """The mean distance of each candidate from all, (n,)."""
+        """Return the mean distance of each candidate to all, (n,)."""
         return np.asarray(super().known(group, source).mean(axis=1))
 
 
 class SRBoNKL(Regularised):
-    """Maximises E r − β·KL from π0 on the candidates: softmax(ln π0 + r/β).
+    """Draw from softmax(ln π0 + r/β), which maximises E r − β·KL from π0 on the candidates.
 
-    β → 0 is best-of-n, tied candidates sharing by π0; β → ∞ is π0 on the set of candidates. Copies
-    share one outcome's probability (`base_logprobs`).
+    β → 0 is best-of-n, with tied candidates weighted by π0; β → ∞ is π0 on the set of candidates.
+    Copies share one outcome's probability (`base_logprobs`).
     """
 
     needs_logprobs: ClassVar[bool] = True
 
-    beta: float = Field(1.0, gt=0, description="reward given up for a nat of KL")
+    beta: float = Field(1.0, gt=0, description="reward to give up for a nat of KL")
 
     def known(self, group: Group, source: Source | None) -> Floats:
-        """ln π0 on the candidates up to a constant, (n,) (nats)."""
+        """Return ln π0 on the candidates up to a constant, (n,) (nats)."""
         return base_logprobs(group)
 
     def weigh(self, group: Group, known: Floats) -> Floats:
@@ -197,17 +202,19 @@ class SRBoNKL(Regularised):
 
 
 class SRBoNWD(_ByDistance):
-    """Maximises E r − β·W1 from π0 on the candidates, the ground distance being d.
+    """Draw from the q that maximises E r − β·W1 from π0 on the candidates, ground distance d.
 
-    β = 0 is best-of-n; β → ∞ is π0 on the set of candidates, as long as different ones are apart.
-    As in the authors' code the mass that is moved is π0's, normalised on the candidates, and not
-    1/n each: over long completions nearly all of it lies on the likeliest one. Copies share one
+    β = 0 is best-of-n; β → ∞ is π0 on the set of candidates, if different ones have distances above
+    0. As in the authors' code, the mass to move is π0's, normalised on the candidates, and not 1/n
+    each: for long completions nearly all of it lies on the likeliest one. Copies share one
     outcome's probability (`base_logprobs`).
     """
 
     needs_logprobs: ClassVar[bool] = True
 
-    beta: float = Field(1.0, ge=0, description="reward given up for a distance of 1; 0: best-of-n")
+    beta: float = Field(
+        1.0, ge=0, description="reward to give up for a distance of 1; 0: best-of-n"
+    )
 
     def weigh(self, group: Group, known: Floats) -> Floats:
         """See `Regularised.weigh`."""

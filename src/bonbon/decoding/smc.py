@@ -1,13 +1,12 @@
-"""Sequential Monte Carlo: particles of the tilt π0(y) e^(r(y)/τ)/Z, weighted on the way.
+"""Sequential Monte Carlo: draws from the tilt π0(y) e^(r(y)/τ)/Z by weighted particles.
 
-The tilt that soft best-of-n draws from, seen step by step. Soft best-of-n draws whole completions
-from π0 and weighs them by e^(r/τ) once, at the end, when weights may be as unequal as they like.
-Seen token by token the same tilt is π0(y_≤t) V(y_≤t)/Z with V(y_≤t) = E[e^(r/τ) | y_≤t] under π0.
-V is not known, so a *twist* ψ(y_≤t) stands for it: particles are weighted by ψ's ratio from one
-checkpoint to the next, and where the weights have become too unequal the unpromising particles are
-dropped and the promising ones branched in their place. The ratios multiply to e^(r(y)/τ) over a
-whole completion, so that any positive ψ has the same target; one nearer to V, up to a constant,
-makes the estimates less noisy.
+Soft best-of-n draws from the same tilt, but it weights whole completions by e^(r/τ) once, at the
+end, when the weights may be very unequal. Token by token the tilt is π0(y_≤t) V(y_≤t)/Z with
+V(y_≤t) = E[e^(r/τ) | y_≤t] under π0. V is not known, so a *twist* ψ(y_≤t) approximates it. At each
+checkpoint a particle's weight is multiplied by the ratio of its ψ to that at the checkpoint before.
+When the weights become too unequal, particles with low weights are dropped and ones with high
+weights branched in their place. Over a whole completion the ratios multiply to e^(r(y)/τ), so any
+positive ψ has the same target; a ψ closer to V, up to a constant, makes the estimates less noisy.
 
 Sources: Zhao et al. 2024 (arXiv 2404.17546), twisted SMC for language models; Loula et al. 2025
 (arXiv 2504.13139), SMC with potentials for control.
@@ -40,22 +39,22 @@ if TYPE_CHECKING:
 
 
 def log_mean_exp(x: ArrayLike) -> float:
-    """ln (1/n) Σ_i e^(x_i)."""
+    """Return ln (1/n) Σ_i e^(x_i)."""
     values = np.asarray(x, dtype=np.float64)
     return float(logsumexp(values) - math.log(len(values)))
 
 
 def effective_sample_size(log_weights: ArrayLike) -> float:
-    """(Σ w)²/Σ w², between 1 (one particle has all the weight) and n (all have the same)."""
+    """Return (Σ w)²/Σ w², between 1 (one particle has all the weight) and n (equal weights)."""
     weights = softmax(log_weights)
     return float(1 / np.sum(weights**2))
 
 
 def systematic_ancestors(weights: ArrayLike, uniform: float) -> NDArray[np.intp]:
-    """Which particles go on, (n,), rising: the inverse CDF of `weights` at (i + u)/n, i = 0..n−1.
+    """Return the resampled particles, (n,), ascending: the inverse CDF at (i + u)/n, i = 0..n−1.
 
-    Particle i goes on n·w_i times on average over u, and ⌊n·w_i⌋ or ⌈n·w_i⌉ times always (Kitagawa
-    1996, systematic resampling). `weights` need not sum to 1; u lies in [0, 1).
+    Particle i occurs n·w_i times on average over u, and always ⌊n·w_i⌋ or ⌈n·w_i⌉ times (systematic
+    resampling, Kitagawa 1996). `weights` need not sum to 1; u lies in [0, 1).
     """
     cdf = np.cumsum(np.asarray(weights, dtype=np.float64))
     places = (np.arange(len(cdf)) + uniform) / len(cdf) * cdf[-1]
@@ -67,15 +66,15 @@ def systematic_ancestors(weights: ArrayLike, uniform: float) -> NDArray[np.intp]
 
 
 def log_normaliser(group: Group) -> float:
-    """ln of SMC's estimate of Z = E[e^(r(y)/τ)] under π0, from the particles that SMC returned.
+    """Return ln of SMC's estimate of Z = E[e^(r(y)/τ)] under π0, from SMC's particles.
 
-    The estimate of Z is unbiased, its logarithm is too low on average.
+    The estimate of Z is unbiased; its logarithm is too low on average.
     """
     return log_mean_exp(group.metrics["log_weight"])
 
 
 def tilted_expectation(group: Group, values: ArrayLike) -> float:
-    """Σ_i w_i f(y_i), SMC's estimate of E f(y) under π0(y) e^(r(y)/τ)/Z.
+    """Return Σ_i w_i f(y_i), SMC's estimate of E f(y) under π0(y) e^(r(y)/τ)/Z.
 
     Args:
         group: the particles that SMC returned.
@@ -88,21 +87,21 @@ def tilted_expectation(group: Group, values: ArrayLike) -> float:
 
 
 class SMC(Stepwise):
-    """n particles weighted by the twist at checkpoints; the answer is drawn by the final weights.
+    """Weight n particles by the twist at checkpoints, and draw the answer by the final weights.
 
-    The twist is ψ = e^(s/τ) with s the partial score; that of the empty completion is 1 and that of
-    a whole one e^(r/τ), so the final weights are exact for the target π0(y) e^(r(y)/τ)/Z. Where the
+    The twist is ψ = e^(s/τ) with s the partial score. It is 1 for the empty completion and e^(r/τ)
+    for a whole one, so the final weights are exact for the target π0(y) e^(r(y)/τ)/Z. If the
     effective sample size at a checkpoint is below `ess_threshold`·n, particles are resampled
-    (systematically) and their weights made equal; copies share their cache lines and draw from
-    random streams of their own. A particle that has ended is weighted, and resampled, like any
-    other. When nothing can be resampled (one checkpoint behind the end, or threshold 0) nothing
-    partial is scored, and this is soft best-of-n at its cost.
+    (systematically) and get equal weights. Copies share cache lines and draw from random streams of
+    their own. Finished particles are weighted and resampled like all others. When resampling cannot
+    happen (no checkpoint before the end, or threshold 0), no partial completion is scored, and this
+    is soft best-of-n at the same cost.
 
-    With `partial` `{implicit: MODEL}` the twist is π*(y_≤t)/π0(y_≤t) of the tuned policy π*, which
-    is proportional to V where π* is the target itself: unweighted, and without τ.
+    With `partial` `{implicit: MODEL}` the twist is π*(y_≤t)/π0(y_≤t) of the tuned policy π*. It is
+    proportional to V if π* is the target itself; the log-ratios are not weighted, and τ drops out.
 
     The group holds the n particles, with the metrics `weight` (sums to 1) and `log_weight`
-    (unnormalised, what resampling has averaged included; see `log_normaliser`).
+    (unnormalised, including the averages of resampling; see `log_normaliser`).
     """
 
     loads: ClassVar[frozenset[str]] = frozenset({"partial"})
@@ -112,7 +111,7 @@ class SMC(Stepwise):
         32, ge=1, le=MOST_TOKENS, description="tokens between checkpoints"
     )
     ess_threshold: float = Field(
-        0.5, ge=0, le=1, description="resample below this effective sample size, as a part of n"
+        0.5, ge=0, le=1, description="resample below this effective sample size, as a fraction of n"
     )
     partial: Partial = Field(
         "reward",
@@ -129,7 +128,7 @@ class SMC(Stepwise):
     def answer(
         self, prompt: EncodedPrompt, source: StepwiseSource, score: Score, reward: Reward
     ) -> Generation:
-        """See `Stepwise.answer`; also raises BonbonError where r/τ overflows."""
+        """See `Stepwise.answer`. Raises BonbonError if r/τ overflows."""
         n, enough = source.config.n, self.ess_threshold * source.config.n
         rows = ScoredRows(source.start(prompt, n), score)
         weights = _Weights(np.zeros(n), np.zeros(n))
@@ -156,13 +155,13 @@ class SMC(Stepwise):
 
 @dataclass(frozen=True)
 class _Weights:
-    """Unnormalised log-weights of the particles, and the log-twists that are in them, (n,)."""
+    """Unnormalised log-weights of the particles, and the log-twists they include, (n,)."""
 
     log: Floats
     twists: Floats
 
     def with_twists(self, twists: Floats) -> _Weights:
-        """Times the ratio of these twists to the ones before."""
+        """Return the weights times the ratio of these twists to the previous ones."""
         with np.errstate(over="ignore", invalid="ignore"):
             log = self.log + twists - self.twists
         if not np.all(np.isfinite(log)):
@@ -170,18 +169,18 @@ class _Weights:
         return _Weights(log, twists)
 
     def resampled(self, ancestors: NDArray[np.intp]) -> _Weights:
-        """Equal weights of the same mean."""
+        """Return equal weights of the same mean."""
         return _Weights(np.full(len(self.log), log_mean_exp(self.log)), self.twists[ancestors])
 
 
 def _resampling_uniform(rows: ScoredRows, seed: int, prompt_id: str) -> float:
-    """A number of the checkpoint's own: the longest row is longer at each."""
+    """Return the checkpoint's uniform number, keyed by the longest row, which grows each time."""
     step = max(rows.rows.lengths())
     return float(uniform_stream(seed, "resample", prompt_id, step, 1)[0])
 
 
 def _implicit_score(name: str, source: Source, final: Score, tau: float) -> Score:
-    """The reward of whole completions, τ ln π*(y_≤t)/π0(y_≤t) of partial ones."""
+    """Return a score: the reward of whole completions, τ ln π*(y_≤t)/π0(y_≤t) of partial ones."""
     log_ratios = token_log_ratios(name, source)
 
     def score(group: Group, whole: Sequence[bool]) -> Floats:

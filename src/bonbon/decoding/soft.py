@@ -1,4 +1,4 @@
-"""Best-of-n made softer: a softmax over the draws, or a random number of them."""
+"""Soft variants of best-of-n: a softmax over the draws, or a random number of draws."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from bonbon.sampling.random_streams import uniform_stream
 
 
 def above_the_best(rewards: ArrayLike, tau: float) -> Floats:
-    """(r_i − max r)/τ, (n,): at most 0, and −inf in place of an overflow for the smallest τ."""
+    """Return (r_i − max r)/τ, (n,): at most 0; −inf where a very small τ overflows."""
     r = np.asarray(rewards, dtype=np.float64)
     with np.errstate(over="ignore"):
         return np.asarray((r - r.max()) / tau)
 
 
 class SoftBestOfN(WholeDraws):
-    """Draw n, choose draw i with probability proportional to e^(r_i/τ).
+    """Draw n and choose draw i with probability proportional to e^(r_i/τ).
 
-    As n grows, the law of the answer tends to the optimum of E r − τ·KL, π0(y) e^(r(y)/τ)/Z, with
-    a KL divergence from it in O(1/n) (Verdun et al. 2025, arXiv 2505.03156, whose λ is τ). τ → 0 is
-    best-of-n, tied draws sharing their probability; τ → ∞ is a single draw. A text drawn twice
-    counts twice.
+    As n grows, the answer's distribution tends to the optimum of E r − τ·KL, π0(y) e^(r(y)/τ)/Z;
+    its KL divergence from it is O(1/n) (Verdun et al. 2025, arXiv 2505.03156, whose λ is τ). τ → 0
+    is best-of-n, with tied draws equally likely; τ → ∞ is a single draw. A text drawn twice counts
+    twice.
     """
 
     tau: float = Field(1.0, gt=0, description="temperature, in units of the reward")
@@ -42,11 +42,11 @@ class SoftBestOfN(WholeDraws):
 
 
 class BestOfPoisson(BestOfN):
-    """Draw 1 + Poisson(n − 1), n on average, keep the best; of tied candidates the first drawn.
+    """Draw 1 + Poisson(n − 1), n on average, and keep the best; of tied ones the first drawn.
 
     The tilt f(u) = (1 + μu) e^(μ(u−1)), `bonbon.tilt.BestOfPoisson` with μ = n − 1, whose win rate
-    is all but the largest one at its KL (Khalaf et al. 2025, arXiv 2506.19248). A prompt's number
-    of draws is the same for the same seed.
+    is nearly the largest possible at its KL (Khalaf et al. 2025, arXiv 2506.19248). The same seed
+    gives a prompt the same number of draws.
     """
 
     def count(self, prompt: EncodedPrompt, config: SamplingConfig) -> int:
@@ -55,14 +55,14 @@ class BestOfPoisson(BestOfN):
 
 
 def poisson_count(mu: float, seed: int, prompt_id: str) -> int:
-    """1 + a Poisson number of mean μ ≥ 0 that belongs to the prompt."""
+    """Return 1 + a Poisson number of mean μ ≥ 0, keyed by the seed and the prompt."""
     return 1 + poisson_quantile(uniform_stream(seed, "count", prompt_id, 0, 1)[0], mu)
 
 
 def poisson_quantile(p: float, mu: float) -> int:
-    """The smallest k ≥ 0 with P(K ≤ k) ≥ p, K Poisson of mean μ ≥ 0, for p in [0, 1)."""
+    """Return the smallest k ≥ 0 with P(K ≤ k) ≥ p, for K Poisson of mean μ ≥ 0 and p in [0, 1)."""
     from scipy.special import pdtr, pdtrik
 
     k = math.ceil(pdtrik(p, mu))
-    # At a step of the CDF the real-valued inverse may be rounded to just past it.
+    # At a step of the CDF rounding may push the real-valued inverse just past it.
     return k - 1 if k > 0 and pdtr(k - 1, mu) >= p else k

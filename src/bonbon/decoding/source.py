@@ -23,14 +23,14 @@ from bonbon.sampling.transformers import TransformersSampler
 
 
 class LocalSource:
-    """Draws with a transformers model; a `StepwiseSource`.
+    """A `StepwiseSource` that draws with a transformers model.
 
     Args:
         model: a causal language model in evaluation mode.
         processing_class: its tokenizer.
-        config: how to draw, and how many candidates a strategy may spend.
-        stop: strings at whose first appearance a completion ends.
-        progress: called with the number of tokens of each step; what it raises ends the drawing.
+        config: how to draw; a strategy may draw `config.n` candidates.
+        stop: strings that end a completion where they first appear.
+        progress: called with the number of tokens of each step; an exception of it stops drawing.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class LocalSource:
         return Rows(self._sampler.decoder(self.progress), [prompt], [range(n)])
 
     def embed(self, group: Group) -> Floats:
-        """The model's last hidden states behind the prompt, averaged over each completion's tokens.
+        """Return the model's last hidden states, averaged over each completion's tokens.
 
-        Shape (n, hidden width); a completion without tokens has a vector of zeros.
+        Shape (n, hidden width). A completion without tokens has a vector of zeros.
         """
         rows = [ids or group.prompt_token_ids[-1:] for ids in group.token_ids]
         lengths = [len(group.prompt_token_ids) + len(ids) for ids in rows]

@@ -1,4 +1,4 @@
-"""Speculative rejection: best-of-n that gives up the least promising rows on the way."""
+"""Speculative rejection: best-of-n that drops the rows with the lowest rewards early."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def survivors(live: int, alpha: float) -> int:
-    """How many of `live` rows go on when the fraction `alpha` < 1, rounded down, is dropped."""
-    # 0.29 · 100 is a little less than 29 in floating point.
+    """Return how many of `live` rows are left when the fraction `alpha` < 1 of them is dropped."""
+    # In floating point 0.29 · 100 is a little less than 29.
     return max(live - int(alpha * live + 1e-9), min(live, 1))
 
 
@@ -33,22 +33,22 @@ def _drop_least(rows: ScoredRows, live: Sequence[int], count: int) -> None:
 
 
 class SpeculativeRejection(Stepwise):
-    """Draw n rows; at checkpoints drop the fraction α of the live ones of least reward so far.
+    """Draw n rows; at each checkpoint drop the fraction α of live rows with the lowest rewards.
 
-    The best whole completion is returned (Sun et al. 2024, arXiv 2410.20290). α is taken of the
-    rows that still go on, rounded down, so that one at least goes on; of tied rows the later ones
-    are dropped. Whole completions are never dropped and hold no cache. A dropped row stays in the
-    group, behind the whole ones, with the finish reason `rejected`, the tokens it had, and its last
-    partial reward. With α = 0 and no budget this is best-of-n, at its cost: where nothing is
-    dropped nothing is scored.
+    Returns the best whole completion (Sun et al. 2024, arXiv 2410.20290). Live rows are those that
+    have not finished. Their number times α is rounded down, so at least one stays; of tied rows the
+    later ones are dropped. Whole completions are never dropped and hold no cache. A dropped row
+    stays in the group, after the whole ones, with the finish reason `rejected`, its tokens, and its
+    last partial reward. With α = 0 and no budget this is best-of-n at the same cost: nothing
+    partial is scored.
 
-    Without `max_cache_tokens` a checkpoint comes every `checkpoint_tokens` tokens. With it the
-    paper's way holds: as many of the n rows start as the budget has room for (live rows × the
-    columns of prompt and tokens) until `checkpoint_tokens` tokens later, and a checkpoint comes
-    where the live rows' next token would pass the budget. There the fraction α is dropped, or more
-    if the rest could not go on for `checkpoint_tokens` further tokens. Rows that have ended on the
-    way make room too and put the checkpoint off. The budget counts the columns in use, without
-    the few that a cache sets aside and the short-lived copy that dropping rows takes.
+    Without `max_cache_tokens` there is a checkpoint every `checkpoint_tokens` tokens. With it, as
+    in the paper, the budget (live rows × columns of prompt and completion) sets both the start and
+    the checkpoints. As many of the n rows start as fit until `checkpoint_tokens` tokens are drawn.
+    A checkpoint comes when the live rows' next token would exceed the budget. It drops the fraction
+    α, or more if the rest would not fit for `checkpoint_tokens` further tokens. Rows that finish
+    free room and delay the checkpoint. The budget counts the columns in use, without spare columns
+    of the cache and the temporary copy when rows are dropped.
 
     Raises BonbonError for a prompt of which not even one row fits the budget.
     """
@@ -58,13 +58,13 @@ class SpeculativeRejection(Stepwise):
         32,
         ge=1,
         le=MOST_TOKENS,
-        description="tokens between checkpoints; with a budget the least number of them",
+        description="tokens between checkpoints; with a budget, the smallest number",
     )
     max_cache_tokens: int | None = Field(
         None,
         ge=1,
         le=2**40,
-        description="key-value cache entries (rows x columns) that may be held",
+        description="largest key-value cache (rows x columns)",
     )
 
     def answer(
@@ -100,18 +100,18 @@ class SpeculativeRejection(Stepwise):
         return min(config.n, self._fitting(columns, config.max_new_tokens))
 
     def _fitting(self, columns: int, left: int) -> int:
-        """How many rows the budget can hold until the next checkpoint, at the least distance."""
+        """Return how many rows fit the budget until the earliest next checkpoint."""
         assert self.max_cache_tokens is not None
         return self.max_cache_tokens // (columns + min(self.checkpoint_tokens, left))
 
     def _stretch(self, live: int, columns: int) -> int:
-        """Tokens that `live` rows may draw before they have to be looked at again."""
+        """Return how many tokens `live` rows may draw before the next checkpoint."""
         if self.max_cache_tokens is None:
             return self.checkpoint_tokens
         return self.max_cache_tokens // live - columns
 
     def _going(self, live: int, columns: int, left: int) -> int:
-        """How many of `live` rows go on; all of them where there is no checkpoint yet."""
+        """Return how many of `live` rows are kept; all of them before the next checkpoint."""
         if self.max_cache_tokens is None:
             return survivors(live, self.alpha)
         if live * (columns + 1) <= self.max_cache_tokens:

@@ -1,4 +1,4 @@
-"""What the stepwise strategies share: rows with their latest scores, and the walk over prompts."""
+"""Parts that the stepwise strategies share: scored rows, and the loop over prompts."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from bonbon.rewards.reward import Reward
     from bonbon.sampling.generation_loop import Rows
 
-MOST_TOKENS = 2**31  # of a setting that counts tokens
-REJECTED = "rejected"  # the finish reason of a completion that was given up before its end
+MOST_TOKENS = 2**31  # the limit of settings that count tokens
+REJECTED = "rejected"  # the finish reason of a completion that was dropped before its end
 
 
 def best_first(scores: Floats) -> NDArray[np.intp]:
-    """Row numbers by falling score; of tied rows the earlier one first."""
+    """Return row numbers by descending score; of tied rows the earlier one first."""
     return np.argsort(-scores, kind="stable")
 
 
@@ -34,10 +34,10 @@ def best_first(scores: Floats) -> NDArray[np.intp]:
 
 
 class ScoredRows:
-    """Rows of one prompt and each one's latest score; a row is scored again only once it has grown.
+    """Rows of one prompt with their latest scores; a row is scored again only after it has grown.
 
-    Rows that `select` leaves behind are kept in `left`, scored, as groups without a cache: whole
-    ones as they are, others with the finish reason `rejected`.
+    Rows that `select` drops are kept in `left`, scored, as groups without a cache: whole ones
+    unchanged, others with the finish reason `rejected`.
     """
 
     def __init__(self, rows: Rows, score: Score) -> None:
@@ -45,7 +45,7 @@ class ScoredRows:
         self.left: list[Group] = []
         self.calls = 0  # completions scored
         self._score = score
-        self._scores = np.full(rows.n, np.nan)  # NaN: not scored since it grew
+        self._scores = np.full(rows.n, np.nan)  # NaN: not scored since the row grew
         self._group: Group | None = None  # of all rows as they are now, scored
 
     @property
@@ -55,7 +55,7 @@ class ScoredRows:
 
     @property
     def unfinished(self) -> list[int]:
-        """The rows that go on."""
+        """The rows that have not finished."""
         return [row for row, done in enumerate(self.rows.finished) if not done]
 
     def draw(self, tokens: int) -> None:
@@ -65,7 +65,7 @@ class ScoredRows:
         self.rows.draw(tokens)
 
     def scored(self) -> Group:
-        """The rows as they are now, with their scores as rewards."""
+        """Return the current rows, with their scores as rewards."""
         if self._group is None:
             group, finished = self.rows.group(), self.rows.finished
             grown = np.flatnonzero(np.isnan(self._scores)).tolist()
@@ -77,7 +77,7 @@ class ScoredRows:
         return self._group
 
     def select(self, rows: Sequence[int]) -> None:
-        """Row i becomes the old row `rows[i]`, as `Rows.select` does; all rows are scored first."""
+        """Replace row i by the old row `rows[i]`, as `Rows.select` does; score dropped rows."""
         lost = sorted(set(range(self.rows.n)) - set(rows))
         if lost:
             group, finished = self.scored().take(lost), self.rows.finished
@@ -90,38 +90,38 @@ class ScoredRows:
         self.rows.select(rows)
 
     def cost(self) -> Cost:
-        """What the rows cost so far, without the time."""
+        """Return the cost of the rows so far, without the time."""
         return Cost(self.rows.generated, self.rows.prefilled, self.calls)
 
 
 def best_whole(group: Group) -> int:
-    """The completion of the largest reward that came to its end; of tied ones the first."""
+    """Return the whole completion with the largest reward; of tied ones the first."""
     assert group.rewards is not None
     whole = [reason != REJECTED for reason in group.finish_reasons]
     return int(np.argmax(np.where(whole, group.rewards, -np.inf)))
 
 
-# --- the walk over prompts ------------------------------------------------------------------------
+# --- the loop over prompts ------------------------------------------------------------------------
 
 
 class Stepwise(Strategy):
-    """Base of the strategies that score, drop and branch rows while these are drawn.
+    """Base of the strategies that score, drop and branch rows while they are drawn.
 
-    Prompts are answered one after the other, each with all its rows at once, whatever
-    `sampling.max_batch_tokens`.
+    Prompts are answered one after the other, each with all its rows at once;
+    `sampling.max_batch_tokens` is ignored.
     """
 
     stepwise: ClassVar[bool] = True
     independent: ClassVar[bool] = False
 
     def score(self, source: Source, reward: Reward) -> Score:
-        """What completions are scored by while they are drawn."""
+        """Return the score of completions while they are drawn."""
         return by_reward(reward)
 
     def answer(
         self, prompt: EncodedPrompt, source: StepwiseSource, score: Score, reward: Reward
     ) -> Generation:
-        """One prompt's generation, its cost without the time."""
+        """Return one prompt's generation, its cost without the time."""
         raise NotImplementedError
 
     def generate(
@@ -131,7 +131,7 @@ class Stepwise(Strategy):
         name = strategy_name(self)
         if not isinstance(source, StepwiseSource):
             raise BonbonError(
-                f"strategy {name} drops rows while they are drawn, which takes a model in this "
+                f"strategy {name} drops rows while they are drawn, which needs a model in this "
                 "process; load the model here, or choose a strategy of whole draws, such as "
                 "best_of_n"
             )

@@ -38,11 +38,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Generation:
-    """A prompt's answer: its candidates, which of them was chosen, and what it cost.
+    """A prompt's answer: its candidates, the index of the chosen one, and the cost.
 
-    `group.rewards` are what was chosen by (None where no reward was needed). A candidate that was
-    given up before its end has the finish reason `rejected` and its last partial reward; it is
-    never the chosen one.
+    `group.rewards` are the rewards of the choice (None if no reward was needed). A candidate that
+    was dropped before its end has the finish reason `rejected` and its last partial reward; it is
+    never chosen.
     """
 
     group: Group
@@ -60,30 +60,30 @@ class Generation:
         return None if self.group.rewards is None else self.group.rewards[self.chosen]
 
     def ranking(self) -> list[int]:
-        """All whole candidates, best first: the chosen one, then by reward, then as drawn."""
+        """Return all whole candidates: the chosen one, then by falling reward, then as drawn."""
         rewards = self.group.rewards or (0.0,) * self.group.n
         whole = [i for i, why in enumerate(self.group.finish_reasons) if why != "rejected"]
         return sorted(whole, key=lambda i: (i != self.chosen, -rewards[i], i))
 
 
 class Source(Protocol):
-    """Where whole completions come from: a model in this process, or a server."""
+    """A source of whole completions: a model in this process, or a server."""
 
     @property
     def config(self) -> SamplingConfig:
-        """The sampling settings; `config.n` candidates are what a strategy may spend."""
+        """The sampling settings; a strategy may draw `config.n` candidates."""
         ...
 
     def draw(self, prompts: Sequence[EncodedPrompt], ks: Sequence[range]) -> list[Candidates]:
-        """Completions `ks[i]` of the i-th prompt's sequence of draws, unscored.
+        """Return the completions numbered `ks[i]` of the i-th prompt's draws, unscored.
 
-        A server may fail some of them: a group may hold fewer, and none where other draws of the
-        same prompt have arrived.
+        Requests to a server may fail, so a group may hold fewer. It may hold none if earlier draws
+        of the same prompt have arrived.
         """
         ...
 
     def embed(self, group: Group) -> Floats:
-        """An embedding of each completion, (n, width). Raises BonbonError where there is none."""
+        """Return an embedding of each completion, (n, width). Raises BonbonError if it cannot."""
         ...
 
 
@@ -92,41 +92,41 @@ class StepwiseSource(Source, Protocol):
     """A source whose rows can be dropped and branched while they are drawn."""
 
     def start(self, prompt: EncodedPrompt, n: int) -> Rows:
-        """n rows of a prompt, prefilled once and nothing drawn yet."""
+        """Return n rows of a prompt, prefilled once, with nothing drawn yet."""
         ...
 
 
 class Strategy(Settings):
-    """Base of all strategies; a subclass is one module's class with one entry in `STRATEGIES`."""
+    """Base of all strategies; each subclass has an entry in `STRATEGIES`."""
 
     needs_reward: ClassVar[bool] = True
-    needs_logprobs: ClassVar[bool] = False  # a server has to be asked for them
+    needs_logprobs: ClassVar[bool] = False  # if True, a server is asked for them
     stepwise: ClassVar[bool] = False
-    # Whether the candidates are n independent draws of the base model, as training takes them.
+    # Whether the candidates are n independent draws of the base model, as training needs.
     independent: ClassVar[bool] = True
-    # Settings that name code or models to load: not for a stranger's request to choose.
+    # Settings that name code or models to load; a server's requests must not change them.
     loads: ClassVar[frozenset[str]] = frozenset()
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], source: Source, reward: Reward | None
     ) -> list[Generation]:
-        """One generation a prompt, in the order of `prompts`.
+        """Return one generation a prompt, in the order of `prompts`.
 
-        Raises BonbonError when the source cannot do what the strategy needs, and for rewards that
-        are not finite.
+        Raises BonbonError when the source lacks what the strategy needs, and for rewards that are
+        not finite.
         """
         raise NotImplementedError
 
 
 class WholeDraws(Strategy):
-    """Strategies that draw whole completions, score them, and pick one by a distribution."""
+    """Base of strategies that draw whole completions, score them, and choose one by `weights`."""
 
     def count(self, prompt: EncodedPrompt, config: SamplingConfig) -> int:
-        """How many completions of this prompt are drawn."""
+        """Return how many completions of this prompt are drawn."""
         return config.n
 
     def weights(self, group: Group, source: Source) -> Floats:
-        """P(candidate i is the one that is chosen), (n,); sums to 1."""
+        """Return the probability of choosing each candidate, (n,); sums to 1."""
         raise NotImplementedError
 
     def generate(
@@ -148,14 +148,14 @@ class WholeDraws(Strategy):
 
 
 def one_hot(index: int, n: int) -> Floats:
-    """The distribution of a choice without chance, (n,)."""
+    """Return the distribution that always chooses `index`, (n,)."""
     weights = np.zeros(n)
     weights[index] = 1.0
     return weights
 
 
 def pick(weights: Floats, seed: int, prompt_id: str) -> int:
-    """A draw from `weights`, the same for the same seed and prompt: the inverse CDF."""
+    """Draw an index from `weights` by the inverse CDF; the same for the same seed and prompt."""
     uniform = uniform_stream(seed, "choice", prompt_id, 0, 1)[0]
     cdf = np.cumsum(weights)
     index = int(np.searchsorted(cdf, uniform * cdf[-1], side="right"))
@@ -163,7 +163,7 @@ def pick(weights: Floats, seed: int, prompt_id: str) -> int:
 
 
 def score(candidates: Sequence[Candidates], reward: Reward) -> list[Candidates]:
-    """The candidates with their rewards, all scored in one call of the reward, and its cost."""
+    """Score all candidates in one call of the reward, and add its cost to theirs."""
     from bonbon.rewards.reward import score_groups
 
     total = sum(item.group.n for item in candidates)

@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 
 def children(parents: int, places: int) -> list[int]:
-    """How many children each parent gets, best parent first: as equally as `places` allow."""
+    """Share `places` out among parents as equally as possible, extra ones to the best first."""
     return [places // parents + (index < places % parents) for index in range(parents)]
 
 
 def next_layer(scores: Floats, finished: Sequence[bool], branch: int) -> list[int]:
-    """The rows of the next layer, in the order of their parents, as many as there are now.
+    """Return the rows of the next layer in the order of their parents, as many as before.
 
-    The ⌈n/branch⌉ best stay, of tied ones the earlier. Finished ones among them are leaves that go
-    on as they are; the others share the remaining places as equally as can be, the better ones
-    first. Without unfinished ones among them only the leaves stay.
+    The ⌈n/branch⌉ best stay, of tied ones the earlier. Finished ones among them are leaves and stay
+    unchanged. The others share the remaining places as equally as possible, extra places going to
+    the better ones. If all are finished, only these leaves stay.
     """
     kept = best_first(scores)[: -(-len(scores) // branch)].tolist()
     parents = [row for row in kept if not finished[row]]
@@ -49,18 +49,17 @@ def next_layer(scores: Floats, finished: Sequence[bool], branch: int) -> list[in
 
 
 class TreeBoN(Stepwise):
-    """Draw n roots; after each layer keep the best ⌈n/branch⌉ and branch them to n rows again.
+    """Draw n rows; after each layer keep the best ⌈n/branch⌉ and branch them to n rows again.
 
     Qiu et al. 2024, arXiv 2410.16033 (there N = n, N_children = `branch`). A layer is
-    ⌈max_new_tokens/layers⌉ tokens long. A branch shares its parent's cache lines up to there, with
-    no second reading, and draws from a random stream of its own. The answer is the whole completion
-    of the largest reward. `branch` 1 or one layer is best-of-n, at its cost.
+    ⌈max_new_tokens/layers⌉ tokens long. A branch shares its parent's cache lines, so nothing is
+    read twice, and draws from a random stream of its own. The answer is the whole completion with
+    the largest reward. `branch` 1 or one layer is best-of-n at the same cost.
 
-    A completion that has ended is a leaf: it competes for a place in the next layer, is not
-    branched, and its place is shared out among the others' children (`next_layer`). One that gets
-    no place still stands for the answer, since keeping it costs nothing. A pruned partial
-    completion stays in the group, behind the others, with the finish reason `rejected` and its last
-    partial score.
+    A finished completion is a leaf: it competes for a place in the next layer and is not branched;
+    the places left over go to the others' children (`next_layer`). A leaf without a place can still
+    be the answer, since keeping it costs nothing. A pruned partial completion stays in the group,
+    after the others, with the finish reason `rejected` and its last partial score.
     """
 
     loads: ClassVar[frozenset[str]] = frozenset({"partial"})
@@ -101,7 +100,7 @@ class TreeBoN(Stepwise):
 
 
 def _with_final_rewards(group: Group, reward: Reward) -> tuple[Group, int]:
-    """The group with the reward of its whole completions, and how many these are."""
+    """Score the whole completions of a group; return the group and their number."""
     whole = [row for row, why in enumerate(group.finish_reasons) if why != REJECTED]
     rewards = np.array(group.rewards)
     rewards[whole] = by_reward(reward)(group.take(whole), [True] * len(whole))

@@ -1,13 +1,12 @@
-"""Votes: completions that come to the same answer count together.
+"""Voting: completions with the same answer count together.
 
-An *extractor* reads a completion's answer, a function of its text named `package.module:function`
-(`bonbon.decoding.answers` has some). It may return anything with a text, and answers are the same
-where their texts are. A completion for which it returns None or an empty text does not vote; when
-none does, the completion of the highest reward is returned, or the first drawn without rewards. Of
-answers with equal scores the one drawn first wins.
+An *extractor*, a function named `package.module:function`, reads the answer from a completion's
+text (`bonbon.decoding.answers` has some). It may return any object; answers are equal if their
+strings are. A completion for which it returns None or an empty string does not vote. Of answers
+with equal scores the one drawn first wins.
 
-Of the completions of the winning answer the one of the highest reward is returned, tied ones as
-drawn; without rewards the first drawn.
+Among the completions of the winning answer, or among all if none votes, the one with the highest
+reward is returned, of tied ones the first drawn; without rewards the first drawn.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ Answers = Sequence[str | None]
 
 
 def counts(answers: Answers) -> dict[str, float]:
-    """How many completions come to each answer, in the order of their first draws."""
+    """Count the completions of each answer, in the order of first draws."""
     return tally(answers, np.ones(len(answers)))
 
 
 def tally(answers: Answers, weights: ArrayLike) -> dict[str, float]:
-    """The summed weights, (n,), of each answer's completions, in the order of first draws."""
+    """Sum the weights, (n,), of each answer's completions, in the order of first draws."""
     scores: dict[str, float] = {}
     for answer, weight in zip(answers, np.asarray(weights, np.float64), strict=True):
         if answer is not None:
@@ -48,10 +47,10 @@ def tally(answers: Answers, weights: ArrayLike) -> dict[str, float]:
 
 
 def shortest_majority_scores(answers: Answers, lengths: ArrayLike) -> dict[str, float]:
-    """c/ln l, an answer's number of completions c over the log of their mean length l in tokens.
+    """Return c/ln l for each answer: its count c over the log of its mean length l in tokens.
 
-    Zeng et al. 2025 (arXiv 2502.12215), section 5. Below 2 tokens ln l would be 0 or negative; such
-    means count as 2.
+    Zeng et al. 2025 (arXiv 2502.12215), section 5. A mean length below 2 counts as 2, since ln l
+    is 0 at l = 1 and negative below.
     """
     tokens = tally(answers, lengths)
     return {
@@ -61,7 +60,7 @@ def shortest_majority_scores(answers: Answers, lengths: ArrayLike) -> dict[str, 
 
 
 def reward_weighted_scores(answers: Answers, rewards: ArrayLike, tau: float) -> dict[str, float]:
-    """Each answer's share of e^(r/τ) over the completions that vote; shares sum to 1."""
+    """Return each answer's share of e^(r/τ) over the completions that vote; shares sum to 1."""
     voting = [i for i, answer in enumerate(answers) if answer is not None]
     if not voting:
         return {}
@@ -70,7 +69,7 @@ def reward_weighted_scores(answers: Answers, rewards: ArrayLike, tau: float) -> 
 
 
 def winner(scores: Mapping[str, float], answers: Answers, rewards: ArrayLike | None) -> int:
-    """Which completion the vote returns: see the module's text for ties and missing answers."""
+    """Return the index of the chosen completion; the module describes ties and missing answers."""
     won = max(scores, key=lambda answer: scores[answer]) if scores else None
     matching = [i for i, answer in enumerate(answers) if answer == won]
     if rewards is None:
@@ -79,13 +78,13 @@ def winner(scores: Mapping[str, float], answers: Answers, rewards: ArrayLike | N
 
 
 def extract(function: Callable[[str], Any], name: str, group: Group) -> list[str | None]:
-    """Each completion's answer as text. Raises BonbonError, naming the extractor, if it raises."""
+    """Extract each completion's answer. Raises UserCodeError if the extractor raises."""
     answers = []
     for k, completion in enumerate(group.completions, start=1):
         try:
             answer = function(completion)
             answers.append(None if answer is None else str(answer) or None)
-        except Exception as error:  # the user's code: anything may come out of it
+        except Exception as error:  # the user's code may raise anything
             raise UserCodeError(
                 f"extractor {name!r} failed at prompt {group.prompt_id}, completion {k} "
                 f"({completion!r:.60}): {error_text(error)}"
@@ -94,7 +93,7 @@ def extract(function: Callable[[str], Any], name: str, group: Group) -> list[str
 
 
 class _Vote(WholeDraws):
-    """What the votes share; a subclass scores the answers."""
+    """Base of the votes; a subclass scores the answers."""
 
     loads: ClassVar[frozenset[str]] = frozenset({"extractor"})
 
@@ -104,14 +103,14 @@ class _Vote(WholeDraws):
     )
 
     def scores(self, answers: Answers, group: Group) -> dict[str, float]:
-        """The score of each answer, in the order of first draws; the largest wins."""
+        """Return the score of each answer, in the order of first draws; the largest wins."""
         raise NotImplementedError
 
     def generate(
         self, prompts: Sequence[EncodedPrompt], source: Source, reward: Reward | None
     ) -> list[Generation]:
         """See `Strategy.generate`. Raises BonbonError for an extractor that cannot be imported."""
-        import_function(self.extractor, "extractor")  # before draws are paid for
+        import_function(self.extractor, "extractor")  # fail before drawing
         return super().generate(prompts, source, reward)
 
     def weights(self, group: Group, source: Source) -> Floats:
@@ -122,7 +121,7 @@ class _Vote(WholeDraws):
 
 
 class SelfConsistency(_Vote):
-    """Draw n, return the most frequent answer (Wang et al. 2023, arXiv 2203.11171)."""
+    """Draw n and return the most frequent answer (Wang et al. 2023, arXiv 2203.11171)."""
 
     needs_reward: ClassVar[bool] = False
 
@@ -132,10 +131,10 @@ class SelfConsistency(_Vote):
 
 
 class ShortestMajorityVote(_Vote):
-    """Draw n, return the answer of the largest count over the log of its mean length.
+    """Draw n and return the answer with the largest count over the log of its mean length.
 
-    See `shortest_majority_scores`. For models that think at length, whose right answers tend to be
-    the shorter ones.
+    See `shortest_majority_scores`. Meant for reasoning models, whose correct answers tend to be the
+    shorter ones.
     """
 
     needs_reward: ClassVar[bool] = False
@@ -146,9 +145,9 @@ class ShortestMajorityVote(_Vote):
 
 
 class RewardWeightedVote(_Vote):
-    """Draw n, return the answer whose completions have the largest sum of e^(r/τ).
+    """Draw n and return the answer whose completions have the largest sum of e^(r/τ).
 
-    Rewards may be negative, and a constant added to all changes nothing. τ → 0 is best-of-n among
+    Rewards may be negative; adding a constant to all changes nothing. τ → 0 is best-of-n among
     the completions that vote; τ → ∞ is self-consistency. (Li et al. 2023, arXiv 2206.02336, sum a
     verifier's probabilities, which is this for τ = 1 and r their logarithm.)
     """

@@ -1,4 +1,4 @@
-"""The embedded demo: happier bedtime stories, on two small models that come with the package."""
+"""The built-in demo: happier bedtime stories, by two small models in the package."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = HERE / "prompts.jsonl"
 
 
 def demo_config(*, short: bool = False, seed: int = 0) -> RunConfig:
-    """The demo as an ordinary configuration; `short` takes fewer prompts and rougher figures."""
+    """Return the demo's configuration; `short` uses fewer prompts and gives rougher figures."""
     prompts = {"path": str(PROMPTS), "split": "train", "limit": 160 if short else None}
     held_out = {"path": str(PROMPTS), "split": "eval", "limit": 32 if short else None}
     training: dict[str, Any] = {
@@ -49,10 +49,10 @@ def demo_config(*, short: bool = False, seed: int = 0) -> RunConfig:
 
 
 def side_by_side(folder: RunFolder, openings: int = 5) -> str:
-    """Some held-out openings with a continuation of the base and of the aligned model.
+    """Return some held-out openings, each with a continuation of the base and the aligned model.
 
-    They are taken evenly from the list and not chosen by what they show; before each continuation
-    stands its gold reward.
+    The openings are evenly spaced, not selected by result; each continuation follows its gold
+    reward.
     """
     from bonbon.groups.shards import read_groups
 
@@ -60,7 +60,7 @@ def side_by_side(folder: RunFolder, openings: int = 5) -> str:
     aligned = read_groups(folder.evaluation / folder.config.model_name)
     lines = [
         "",
-        "Some held-out openings, each model's first draw behind its gold reward (-1 to 1):",
+        "Some held-out openings, with each model's first draw and its gold reward (-1 to 1):",
     ]
     step = max(1, len(base) // openings)
     for before, after in list(zip(base, aligned, strict=True))[::step][:openings]:
@@ -78,5 +78,5 @@ def _judged(group: Group) -> str:
 
 
 def _one_line(text: str) -> str:
-    """One line without control characters: what a model writes must not steer a terminal."""
+    """Join a text to one line without control characters, which could steer a terminal."""
     return "".join(c for c in " ".join(text.split()) if c.isprintable())

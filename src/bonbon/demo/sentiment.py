@@ -24,5 +24,5 @@ def _analyser() -> Any:
 
 
 def compound(prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-    """VADER's compound score of each completion alone, in [−1, 1] (Hutto and Gilbert 2014)."""
+    """Return VADER's compound score of each completion, in [−1, 1] (Hutto and Gilbert 2014)."""
     return np.array([_analyser().polarity_scores(text)["compound"] for text in completions])

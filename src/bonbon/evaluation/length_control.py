@@ -14,9 +14,9 @@ will do. The differences are not centred: the term is zero at equal lengths.
 How each part is estimated:
 
 - γ, as in AlpacaEval, from all models at once with ψ_m = 1, but as a random effect: γ_i is standard
-  normal, an L2 penalty of 1/2. It is then standardised. Models whose preferences never vary take no
-  part. A term in which each model has its own ψ_m takes three of them to be told from noise, as a
-  factor takes three indicators; with fewer it is dropped.
+  normal, an L2 penalty of 1/2. It is then standardised. Models whose preferences never vary are
+  left out. A term with one ψ_m a model needs three models to be identified, as a factor needs three
+  indicators; with fewer it is dropped.
 - θ, φ and ψ model by model, γ given, with an L2 penalty `RIDGE`/2 on each, a normal prior of
   standard deviation 32 logits. It moves a win rate by about 1e-6 at several hundred instructions
   and keeps a model that wins everything finite.

@@ -1,9 +1,9 @@
-"""Tasks of lm-evaluation-harness, to see what an alignment costs elsewhere.
+"""Tasks of lm-evaluation-harness, which measure the effect of an alignment on other abilities.
 
-The harness is an extra (`bonbon-align[lm-eval]`) and is imported when a run begins. Its numbers are
-those of its own command with the same tasks: greedy or likelihood-based as each task says, prompts
-as the task writes them, no chat template. Two things differ: log-probabilities are computed in
-float32 whatever the model's weights are, and standard errors without a closed form come from 1,000
+The harness is an extra (`bonbon-align[lm-eval]`) and is imported when a run starts. Its numbers are
+those of its own command with the same tasks: greedy or likelihood-based as each task defines,
+prompts as the task writes them, no chat template. Two things differ: log-probabilities are computed
+in float32 for all dtypes of weights, and standard errors without a closed form come from 1,000
 bootstrap resamples instead of 100,000.
 """
 
@@ -35,7 +35,7 @@ from bonbon.system.errors import BonbonError
 from bonbon.system.progress import progress_bar
 from bonbon.system.user_functions import error_text
 
-# The harness's own defaults, so that its command picks the same few-shot examples.
+# The harness's defaults, so that the few-shot examples are those of its own command.
 _RANDOM_SEED, _OTHER_SEED = 0, 1234
 _BOOTSTRAP = 1_000
 _LOGGERS = ("lm_eval", "datasets", "evaluate", "transformers")
@@ -46,11 +46,11 @@ class TaskResult:
     """One metric of one task, or of a group of tasks.
 
     Attributes:
-        metric: the harness's name, with its filter behind a comma unless that is `none`.
-        value: NaN or an infinity where the harness computed that.
+        metric: the harness's name, followed by a comma and its filter unless that is `none`.
+        value: NaN or an infinity if the harness computed that.
         standard_error: of `value`; None where the harness has none (one example, some metrics).
-        higher_is_better: None where the task does not say.
-        n: the number of examples that were run; None where the harness does not say.
+        higher_is_better: None where the task does not define it.
+        n: the number of examples that were run; None where the harness does not report it.
     """
 
     task: str
@@ -61,19 +61,19 @@ class TaskResult:
     n: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a NaN or an infinity, which JSON has not, as its text."""
+        """Return plain values; a NaN or an infinity, which JSON lacks, as text."""
         value = self.value if math.isfinite(self.value) else str(self.value)
         return asdict(self) | {"value": value}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> TaskResult:
-        """The result that `to_json` wrote."""
+        """Read the result that `to_json` wrote."""
         return cls(**{**record, "value": float(record["value"])})
 
 
 @dataclass(frozen=True)
 class TaskChange:
-    """What one metric of one task became; `change` is after − before.
+    """The change of one metric of one task; `change` is after − before.
 
     `low` and `high` are the 95% interval of `change`; None where a standard error is missing.
     """
@@ -89,12 +89,12 @@ class TaskChange:
 
 
 def task_changes(before: Sequence[TaskResult], after: Sequence[TaskResult]) -> list[TaskChange]:
-    """after − before of every metric, in the order of `after`, with normal 95% intervals.
+    """Compute after − before of every metric, in the order of `after`, with 95% intervals.
 
-    The variance of a change is taken as the sum of both variances, as if the models had seen
-    different examples. They saw the same ones, and mostly fail on the same ones, so the intervals
-    are wider than paired ones would be: conservative. An accuracy of 0 or 1 has a standard error of
-    0 and adds nothing to an interval, however few examples it stands on.
+    The intervals are normal, with the sum of both variances, as if the models had seen different
+    examples. They saw the same ones, and mostly fail on the same ones, so the intervals are wider
+    than paired ones would be: conservative. An accuracy of 0 or 1 has a standard error of 0 and
+    adds nothing to an interval, however few its examples are.
 
     Raises ValueError when the two are not of the same metrics and numbers of examples.
     """
@@ -130,12 +130,12 @@ def _change(before: TaskResult, after: TaskResult) -> TaskChange:
 def run_tasks(
     config: LMEvalConfig, model: PreTrainedModel, tokenizer: Tokenizer
 ) -> list[TaskResult]:
-    """Every metric of the tasks on a loaded model; a group gives its members' metrics too.
+    """Measure all metrics of the tasks on a loaded model; a group adds its members' metrics.
 
-    Tasks, groups and tags are found in the harness and in `config.include_path`, which goes first.
-    A task's data files with relative paths are taken from the current folder. `num_fewshot` does
-    not change a task that fixes 0 examples. Seeds are fixed, and the model, the tokenizer, the
-    random states, loggers and environment are left as they were.
+    Tasks, groups and tags are looked up in `config.include_path` first, then in the harness. A
+    task's data files with relative paths are read from the current folder. `num_fewshot` does not
+    change a task that fixes 0 examples. Seeds are fixed, and the model, the tokenizer, the random
+    states, loggers and environment are restored.
 
     Raises BonbonError when the harness is not installed, when a task is unknown, cannot be loaded
     or fails, and when two of the names contain the same task.
@@ -147,10 +147,10 @@ def run_tasks(
             tasks = _load_tasks(config)
             wrapped = wrapper(
                 pretrained=model,
-                tokenizer=deepcopy(tokenizer),  # it may be given another padding token
+                tokenizer=deepcopy(tokenizer),  # the harness may set its padding token
                 backend="causal",
                 batch_size=config.batch_size,
-                softmax_dtype="float32",  # in 16 bits, answers would tie
+                softmax_dtype="float32",  # in 16 bits answers would tie
             )
             for name, loaded in tasks.items():
                 results += _evaluate(evaluate, wrapped, name, loaded, config.limit)
@@ -159,7 +159,7 @@ def run_tasks(
 
 
 def _lm_eval(module: str) -> Any:
-    """A module of lm-evaluation-harness."""
+    """Import a module of lm-evaluation-harness."""
     try:
         return import_module(f"lm_eval.{module}")
     except ImportError as error:
@@ -171,22 +171,22 @@ def _lm_eval(module: str) -> Any:
 def _evaluate(
     evaluate: Any, wrapped: Any, name: str, loaded: Any, limit: int | None
 ) -> list[TaskResult]:
-    # Not simple_evaluate: it also calls git and pip and asks the hub about the model.
+    # Not simple_evaluate, which also calls git and pip and asks the hub about the model.
     random.seed(_RANDOM_SEED)
     np.random.seed(_OTHER_SEED)
     torch.manual_seed(_OTHER_SEED)
     try:
-        found = evaluate(
+        results = evaluate(
             wrapped, loaded, limit=limit, bootstrap_iters=_BOOTSTRAP, log_samples=False
         )
     except Exception as error:  # a task may run any code
         raise BonbonError(f"the lm_eval task {name!r} failed: {error_text(error)}") from error
-    return list(_results(found))
+    return list(_results(results))
 
 
-def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
-    """The metrics that are one number each, from the harness's `{"acc,none": 0.5, ...}` by task."""
-    for task, row in found["results"].items():
+def _results(results: Mapping[str, Any]) -> Iterator[TaskResult]:
+    """Yield the metrics that are single numbers, from the harness's `{"acc,none": 0.5, ...}`."""
+    for task, row in results["results"].items():
         for key, value in row.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
@@ -200,7 +200,7 @@ def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
                 standard_error=float(error)
                 if isinstance(error, Real) and math.isfinite(error)
                 else None,
-                higher_is_better=found["higher_is_better"].get(task, {}).get(metric),
+                higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
                 n=counts.get(key, row.get("sample_len")),
             )
 
@@ -209,7 +209,7 @@ def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
 
 
 def _load_tasks(config: LMEvalConfig) -> dict[str, Any]:
-    """By name, what the harness loads for it: {"tasks": ..., "groups": ..., "group_map": ...}."""
+    """Load tasks by name, each as {"tasks": ..., "groups": ..., "group_map": ...}."""
     manager = _task_manager(config)
     for name in config.tasks:
         if name not in manager.all_tasks:
@@ -235,10 +235,10 @@ def _own(config: LMEvalConfig) -> str:
 
 
 def _task_manager(config: LMEvalConfig) -> Any:
-    """The index of all tasks, or of one's own where no others are asked for.
+    """Return the index of all tasks, or only of the user's where no others are asked for.
 
-    Reading the harness's own 14,000 takes about ten seconds. A group or a tag of one's own may have
-    members among them.
+    Reading the harness's own 14,000 takes about ten seconds. A group or a tag of the user's may
+    have members among them.
     """
     if config.include_path is None:
         return _built_in_tasks()
@@ -268,23 +268,23 @@ def _load_task(manager: Any, name: str) -> Any:
 
 
 def _set_shots(task: Any, num_fewshot: int | None) -> None:
-    """As the harness's own command does: 0 where nobody says, and a task's own 0 stays."""
+    """Set the few-shot examples as the harness's command does: 0 by default; a task's 0 stays."""
     own = task.get_config("num_fewshot")
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
     task.set_fewshot_seed(seed=_OTHER_SEED)
 
 
-# --- what a run leaves behind ---------------------------------------------------------------------
+# --- restoring the process ------------------------------------------------------------------------
 
 
 @contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Put back the random states, the environment and the model's mode."""
+    """Restore the random states, the environment and the model's mode."""
     training, environment = model.training, dict(os.environ)
     state, numpy_state = random.getstate(), np.random.get_state()
     devices = [] if model.device.type == "cpu" else [model.device]
-    os.environ["DISABLE_MULTIPROC"] = "1"  # or a bootstrap would fork the process with the model
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else a bootstrap would fork the process with the model
     try:
         with torch.random.fork_rng(devices, device_type=model.device.type):
             yield
@@ -299,7 +299,7 @@ def _restored(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Only errors are logged; nothing is printed, and no bar but ours is drawn."""
+    """Log only errors, print nothing, and show no progress bar but ours."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -314,7 +314,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Switch off tqdm, which reads its own switch in the environment only when it is imported."""
+    """Switch off tqdm, which reads its environment variable only at import."""
     tqdm = import_module("tqdm.std").tqdm
     own, begin = vars(tqdm)["__init__"], tqdm.__init__
 

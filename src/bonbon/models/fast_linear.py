@@ -1,7 +1,7 @@
-"""Linear layers without gradient, by the faster of two libraries.
+"""Faster linear layers for inference on CPUs with AVX-512, by oneDNN.
 
-On x86, PyTorch gives float32 matrix products to MKL, which keeps to AVX2 on AMD's processors even
-where they have AVX-512. oneDNN, which PyTorch brings along too, does not, and is twice as fast.
+On x86, PyTorch gives float32 matrix products to MKL, which uses only AVX2 on AMD's processors, even
+if they have AVX-512. oneDNN, which is also part of PyTorch, uses AVX-512 and is twice as fast.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-# Smaller weights and fewer rows are not worth a call of oneDNN.
+# For smaller weights or fewer rows oneDNN is not faster.
 _SMALLEST_WEIGHT = 2**14
 _FEWEST_ROWS = 8
 
 
 @contextmanager
 def fast_linear(model: nn.Module) -> Iterator[None]:
-    """Within it, oneDNN computes the model's float32 linear layers; a CPU with AVX-512 only.
+    """Compute the model's float32 linear layers by oneDNN within the context, given AVX-512.
 
-    For inference: what is computed has no gradient. Weights stay where they are.
+    For inference only: results have no gradient. Weights are not copied.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _gains(layer)]
     for layer in layers:
@@ -34,7 +34,7 @@ def fast_linear(model: nn.Module) -> Iterator[None]:
 
 
 def _gains(layer: nn.Linear) -> bool:
-    # Subclasses (quantised layers, say) and layers with a forward of their own (hooks) stay.
+    # Subclasses (such as quantised layers) and layers with their own forward (hooks) are unchanged.
     if type(layer) is not nn.Linear or "forward" in vars(layer) or not _available():
         return False
     weight = layer.weight
@@ -54,7 +54,7 @@ def _forward(layer: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(inputs: torch.Tensor) -> torch.Tensor:
         if inputs.dtype != torch.float32 or inputs.numel() < _FEWEST_ROWS * weight.shape[1]:
             return usual(inputs)
-        # What torch.compile makes of such a layer.
+        # The operation that torch.compile uses for such a layer.
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
     return forward

@@ -1,8 +1,8 @@
 """A key-value cache that grows in blocks.
 
-transformers' `DynamicCache` concatenates at every token, so that drawing T tokens copies O(T²)
-cache entries; on a small model that is half of the sampling time. Here the tensors have spare
-columns, new keys and values are written into them, and a copy is due only once a block is full.
+transformers' `DynamicCache` concatenates at every token, so drawing T tokens copies O(T²) cache
+entries; for a small model that is half of the sampling time. Here the tensors have spare columns
+for new keys and values, and are copied only when a block is full.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BlockGrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Go on with these rows, some perhaps more than once; the old buffers are freed at once."""
+        """Keep these rows, which may repeat, and free the old buffers at once."""
         super().batch_select_indices(indices)
         self._key_buffer = self._value_buffer = None
 
@@ -55,7 +55,7 @@ def _append(
 
 
 def block_growing_cache(config: PretrainedConfig) -> DynamicCache:
-    """A `DynamicCache` for a model's config whose full-attention layers grow in blocks."""
+    """Return a `DynamicCache` for a model's config whose full-attention layers grow in blocks."""
     cache = DynamicCache(config=config)
     cache.layers = [
         BlockGrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers

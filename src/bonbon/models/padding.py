@@ -1,7 +1,7 @@
-"""Laying prompts and completions out as tensors.
+"""Batches of prompts and completions as padded tensors.
 
-Prompts are padded on the left and completions on the right, so that every completion of a batch
-starts in the same column and only the last columns' logits are ever computed.
+Prompts are padded on the left and completions on the right, so that all completions of a batch
+start in the same column and only the last columns' logits have to be computed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PaddedRows:
 
 
 def pad(rows: Sequence[Tokens], pad_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of token ids as (ids, mask), both (B, longest), padded on `side`."""
+    """Return rows of token ids as (ids, mask), both (B, longest), padded on `side`."""
     width = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), width), pad_id)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -47,7 +47,7 @@ def pad(rows: Sequence[Tokens], pad_id: int, side: str) -> tuple[torch.Tensor, t
 
 
 def pad_rows(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad_id: int) -> PaddedRows:
-    """One row per (prompt, completion); see `PaddedRows`."""
+    """Return one padded row for each (prompt, completion)."""
     prompt_ids, prompt_mask = pad(prompts, pad_id, "left")
     completion_ids, completion_mask = pad(completions, pad_id, "right")
     mask = torch.cat([prompt_mask, completion_mask], dim=1)
@@ -60,12 +60,12 @@ def pad_rows(prompts: Sequence[Tokens], completions: Sequence[Tokens], pad_id: i
 
 
 def positions(mask: torch.Tensor) -> torch.Tensor:
-    """Position ids of an attention mask, (B, L): 0 at the first real token of each row."""
+    """Return position ids for an attention mask, (B, L): 0 at each row's first real token."""
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def kept_when_cut(ids: Tokens, longest: int, special: Collection[int]) -> list[int]:
-    """The columns that stay when a row is cut to `longest` tokens at its beginning.
+    """Return the columns that stay when a row is cut to `longest` tokens at its start.
 
     A leading special token stays (a begin token, or the one whose state a classifier reads).
     """
@@ -77,10 +77,10 @@ def kept_when_cut(ids: Tokens, longest: int, special: Collection[int]) -> list[i
 def token_batches(
     rows: Sequence[Row], lengths: Sequence[int], max_tokens: int
 ) -> Iterator[list[int]]:
-    """Indices of `rows` in batches of like length whose padded size stays within `max_tokens`.
+    """Yield indices of `rows` in batches of similar length, of at most `max_tokens` padded tokens.
 
-    Longest first, so that running out of memory shows at once; a row longer than `max_tokens`
-    makes a batch of its own.
+    Longest first, so that running out of memory shows at once. A row longer than `max_tokens` is a
+    batch of its own.
     """
     order = sorted(range(len(rows)), key=lambda index: (-lengths[index], index))
     batch: list[int] = []

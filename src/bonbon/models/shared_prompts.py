@@ -1,10 +1,10 @@
-"""Attention of the rows of a prompt to one copy of its keys and values.
+"""Attention where the rows of a prompt share one copy of its keys and values.
 
 While n completions of a prompt are drawn, attention is bound by memory: every row reads the keys
-and values of its prompt and of what it has drawn. Here the rows of a prompt ask its keys and values
-together, in one matrix product, and their own by themselves; the two softmaxes are joined by their
-normalisers. (Juravsky et al., *Hydragen: High-Throughput LLM Inference with Shared Prefixes*, 2024,
-arXiv 2402.05099.)
+and values of its prompt and of its own tokens. Here one matrix product attends from all rows of a
+prompt to its keys and values, each row attends to its own separately, and the two softmaxes are
+combined by their normalisers. (Juravsky et al., *Hydragen: High-Throughput LLM Inference with
+Shared Prefixes*, 2024, arXiv 2402.05099.)
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from bonbon.models.forward import (
 from bonbon.models.growing_cache import BlockGrowingLayer, block_growing_cache
 
 _NAME = "bonbon_shared_prompts"
-_LOCK = threading.RLock()  # the name of a model's attention stands in its configuration
+_LOCK = threading.RLock()  # a model's attention is named in its configuration
 _AGREED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-# Keys of a layer that no longer have to be read at each token, from which on sharing is faster.
+# The smallest number of key entries saved a layer and token for which sharing is faster.
 _LEAST_SAVED = 2**18
 
 
@@ -53,7 +53,7 @@ class SharedPrompts:
 
     @classmethod
     def of(cls, cache: DynamicCache, mask: torch.Tensor, prompt_of: torch.Tensor) -> SharedPrompts:
-        """From the cache of prompts that were read, under the mask (G, P) of their tokens."""
+        """Build from the cache of prefilled prompts and their attention mask, (G, P)."""
         layers = tuple((layer.keys, layer.values) for layer in cache.layers)
         bias = None
         if not bool(mask.all()):
@@ -62,7 +62,7 @@ class SharedPrompts:
         return cls(layers, bias, prompt_of, *_slots(prompt_of, len(mask)))
 
     def keep(self, rows: torch.Tensor) -> SharedPrompts:
-        """With these rows, some perhaps more than once; prompts that are left without are freed."""
+        """Keep these rows, which may repeat; prompts without rows are freed."""
         kept, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
         slots = _slots(prompt_of, len(kept))
         if len(kept) == len(self.slots):
@@ -74,7 +74,7 @@ class SharedPrompts:
     def attend(
         self, layer: int, query: torch.Tensor, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_attend` of each row's queries, (rows, heads, g, width), to the row's prompt."""
+        """Attend from each row's queries, (rows, heads, g, width), to its prompt, by `_attend`."""
         prompts, most = self.slots.shape
         keys, values = self.layers[layer]
         together = query[self.slots.flatten()].view(prompts, most, *query.shape[1:])
@@ -86,7 +86,7 @@ class SharedPrompts:
 
 
 def _slots(prompt_of: torch.Tensor, prompts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`slots` and `slot_of` of `SharedPrompts`."""
+    """Return `slots` and `slot_of` of `SharedPrompts`."""
     counts = prompt_of.bincount(minlength=prompts)
     most, before = int(counts.max()), counts.cumsum(0) - counts
     order = prompt_of.argsort(stable=True)
@@ -105,7 +105,7 @@ def _attend(
     scaling: float,
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of (B, heads, q, width), and the ln of the softmax's denominator, (B, heads, q, 1).
+    """Return attention, (B, heads, q, width), and ln of its denominator, (B, heads, q, 1).
 
     In float32, or float64 for float64 queries.
     """
@@ -113,7 +113,7 @@ def _attend(
     if bias is not None:
         scores = scores + bias
     weights = scores.softmax(dim=-1)
-    # The largest weight is exp(its score - normaliser): half the time of a logsumexp.
+    # The largest weight is exp(its score - normaliser). This takes half the time of a logsumexp.
     largest = weights.amax(dim=-1, keepdim=True).log()
     normaliser = scores.amax(dim=-1, keepdim=True) - largest
     return weights.to(values.dtype) @ values, normaliser
@@ -130,7 +130,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one token a row to its prompt and to what the row has drawn.
+    """Return attention of one token a row to its prompt and to the row's drawn tokens.
 
     `query`: (rows, heads, 1, width); `key`, `value`: (rows, key heads, S, width), without prompts.
     """
@@ -143,15 +143,15 @@ def _attention(
     return out.reshape(len(query), 1, -1, value.shape[-1]), None
 
 
-# Without a mask function of the same name: transformers makes no mask for it.
+# No mask function has this name, so transformers makes no mask for it.
 AttentionInterface.register(_NAME, _attention)
 
 
 @contextmanager
 def shared_prompt_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model's attention is the one above: one token a row, no mask.
+    """Use shared-prompt attention in the model within the context: one token a row, no mask.
 
-    The model's configuration says so meanwhile, so no other thread may use the model.
+    This changes the model's configuration meanwhile, so no other thread may use the model.
     """
     config = unwrapped(model).config.get_text_config()
     with _LOCK:
@@ -169,9 +169,9 @@ def shares_prompts(
     prompt_lengths: Sequence[int],
     counts: Sequence[int],
 ) -> bool:
-    """Whether rows should share their prompts: a model that can, on a CPU, and enough to share.
+    """Return whether sharing prompts is possible and faster; only on a CPU.
 
-    `cache` is that of the prompts, `counts` the rows of each. On a GPU it has not been measured.
+    `cache` is that of the prompts, `counts` the number of rows of each. Not measured on GPUs.
     """
     if model.device.type != "cpu" or max(counts) * len(counts) > 2 * sum(counts):
         return False
@@ -200,10 +200,10 @@ def _can_share(model: PreTrainedModel, cache: DynamicCache) -> bool:
 
 @torch.inference_mode()
 def _agrees(model: PreTrainedModel) -> bool:
-    """Whether two rows come out the same with their prompt shared and without, on a few tokens.
+    """Return whether two short rows have equal logits with and without a shared prompt.
 
-    Some models give the attention other keys than their cache holds, or do not pass on what it
-    needs; nothing in a configuration tells.
+    Some models give the attention other keys than those in their cache, or do not pass on its
+    arguments; no configuration shows this.
     """
     vocabulary = unwrapped(model).config.get_text_config().vocab_size
     prompt = torch.arange(4, device=model.device)[None] % vocabulary
@@ -219,7 +219,7 @@ def _agrees(model: PreTrainedModel) -> bool:
         own = block_growing_cache(model.config)
         with shared_prompt_attention(model):
             together = _read(model, own, following, torch.full_like(following, 4), prompts)
-    except Exception:  # a model's own code, of which nothing is known
+    except Exception:  # the model's own code may raise anything
         return False
     tolerance = 1e-3 if plain.dtype in (torch.float32, torch.float64) else 5e-2
     return bool((together - plain).abs().max() < tolerance * plain.abs().max())

@@ -1,9 +1,9 @@
-"""Planning n: from a small pilot of scored draws, which n reaches a wanted win rate, at what cost.
+"""Choice of n: which n reaches a wanted win rate at what cost, from a small pilot of scored draws.
 
-The win rate of best-of-n against one draw of the base model comes from the pilot's m draws a prompt
-by the unbiased estimator, for n < m; above, the curve is taken on along a line in n/(n+1)
-(`bonbon.evaluation.best_of_k_curve`). That line is exact where the reward that chooses is also the
-one that decides the win and no rewards tie; elsewhere it is a guess, and marked. Loads no torch.
+For n < m, the pilot's draws a prompt, the win rate of best-of-n against one draw of the base model
+has an unbiased estimate. For larger n the curve is extrapolated along a line in n/(n+1)
+(`bonbon.evaluation.best_of_k_curve`). The line is exact if one reward both chooses and decides the
+win and no rewards tie; otherwise it is a guess. Extrapolated values are marked. Loads no torch.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FEWEST_DRAWS = 3  # best-of-2 against a further draw
-FEWEST_TO_EXTRAPOLATE = 5  # best-of-1 to best-of-4, for a line through the upper half
-# A win rate n/(n+1) without ties is exact but for rounding.
+FEWEST_TO_EXTRAPOLATE = 5  # best-of-1 to best-of-4; the line fits the upper half
+# Without ties a win rate is n/(n+1) up to rounding.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """Best-of-n for one n.
+    """The figures of best-of-n for one n.
 
     `win_rate` is against one draw of the base model, a tie counting half. `kl` is ln n − (n−1)/n
     nats, an upper bound that best-of-n reaches where no rewards tie. `tokens` and `seconds` are
-    what a prompt costs: n draws of the pilot's mean length, drawn as fast as the pilot's were.
+    the cost of a prompt: n draws of the pilot's mean length, at the pilot's speed.
     """
 
     n: int
@@ -53,12 +53,12 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which n reaches the win rate `wanted`, from `prompts` × `draws`.
+    """The n that reaches the win rate `wanted`, estimated from `prompts` × `draws`.
 
     `rows`: n = 1, 2, 4, …, the largest n that is measured, and the answers. `by_estimate` is the
     smallest n whose estimate reaches it, `surely` the smallest whose interval's lower end does;
-    None where none up to `largest_n` does. `best` is the smallest n of the largest estimate. `by`
-    is the further reward that decides a win, None for the one that chooses.
+    None if none up to `largest_n` does. `best` is the smallest n with the largest estimate. `by` is
+    the further reward that decides a win, None for the one that chooses.
     """
 
     wanted: float
@@ -80,26 +80,25 @@ def plan(
     max_n: int = 1024,
     tokens_per_second: float | None = None,
 ) -> Plan:
-    """Which n ≤ max_n reaches a win rate, from a pilot of scored draws.
+    """Find the n ≤ max_n that reaches a win rate, from a pilot of scored draws.
 
-    Prompts with more draws than the others give their first ones, since the curve needs as many of
-    each. From fewer than five draws a prompt nothing is extrapolated.
+    The curve needs equally many draws of each prompt, so it uses the first ones of prompts with
+    more. With fewer than five draws a prompt nothing is extrapolated.
 
     Args:
         groups: independent draws of the base model, three a prompt or more, for two prompts or
             more.
         win_rate: the wanted one, in (0, 1).
         by: the metric that decides a win; None: the rewards, by which best-of-n chooses.
-        tokens_per_second: how fast draws are made, above 0; None: by the provenance, where it
-            knows.
+        tokens_per_second: the speed of sampling, above 0; None: the provenance's, if known.
 
-    Raises BonbonError, naming the prompt, for a pilot that is too small, not scored, has rewards
-    that are not finite or draws that were given up; for an unknown metric; and for a win rate or a
-    max_n that cannot be.
+    Raises BonbonError, naming the prompt, for a pilot that is too small, not scored, or has
+    non-finite rewards or rejected draws; for an unknown metric; and for an impossible win rate or
+    max_n.
     """
     _check_wanted(win_rate, max_n)
     if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
-        raise BonbonError(f"tokens a second are a number above 0, not {tokens_per_second}")
+        raise BonbonError(f"tokens a second must be a number above 0, not {tokens_per_second}")
     check_independent(groups.provenance, "plan from")
     draws = _draws(groups)
     chooser = [_values(group, None)[:draws] for group in groups]
@@ -139,12 +138,12 @@ def plan(
 
 
 def _clipped(rate: Figure) -> Figure:
-    """A win rate whose interval, Student's for few prompts, stays within [0, 1]."""
+    """Clip the interval of a win rate to [0, 1]; Student's t may exceed it for few prompts."""
     return Figure(rate.value, max(rate.low, 0.0), min(rate.high, 1.0))
 
 
 def sampling_speed(provenance: Mapping[str, Any]) -> float | None:
-    """Tokens a second of the pilot's draws; None where the provenance does not know.
+    """Return tokens a second of the pilot's draws; None if the provenance does not have it.
 
     The seconds of groups that were scored into another folder are those of the scoring.
     """
@@ -155,7 +154,7 @@ def sampling_speed(provenance: Mapping[str, Any]) -> float | None:
 
 
 def sampling_speed_beside(groups: Path) -> float | None:
-    """Tokens a second of the draws in `samples/` beside scored groups; None where it has none."""
+    """Return tokens a second of the draws in `samples/` beside scored groups; None if unknown."""
     spent = list(iter_provenance(groups.parent / "samples"))
     if not all(noted.get("tokens") and noted.get("seconds") for noted in spent) or not spent:
         return None
@@ -163,7 +162,7 @@ def sampling_speed_beside(groups: Path) -> float | None:
 
 
 def _chosen(every: Plan) -> Plan:
-    """The plan with its answers, from one that has a row for every n."""
+    """Add the answers to a plan with a row for every n, and keep only the rows to show."""
     enough = every.wanted - _ROUNDING
     surely = next((row for row in every.rows if row.win_rate.low >= enough), None)
     by_estimate = next((row for row in every.rows if row.win_rate.value >= enough), None)
@@ -185,7 +184,7 @@ def _check_wanted(win_rate: float, max_n: int) -> None:
 
 
 def _draws(groups: Sequence[Group]) -> int:
-    """The draws that every prompt has."""
+    """Return the number of draws that every prompt has."""
     if len(groups) < 2:
         raise BonbonError(
             f"a plan needs a pilot of two prompts or more for its intervals, not {len(groups)}; "
@@ -200,14 +199,14 @@ def _draws(groups: Sequence[Group]) -> int:
     for group in groups:
         if "rejected" in group.finish_reasons:
             raise BonbonError(
-                f"prompt {group.prompt_id} has completions that were given up before their end; a "
-                "plan needs whole draws, such as best_of_n or `bonbon sample` makes"
+                f"prompt {group.prompt_id} has rejected completions; a plan needs whole draws, "
+                "such as those of best_of_n or `bonbon sample`"
             )
     return fewest.n
 
 
 def _values(group: Group, metric: str | None) -> Floats:
-    """A group's rewards, or a metric of it, (n,), all finite."""
+    """Return a group's rewards, or one of its metrics, (n,), all finite."""
     if metric is not None and metric not in group.metrics:
         known = ", ".join(group.metrics) or "it has none"
         raise BonbonError(f"prompt {group.prompt_id} has no metric {metric!r} (metrics: {known})")
@@ -224,7 +223,7 @@ def _values(group: Group, metric: str | None) -> Floats:
     return values
 
 
-# --- saying it ------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------
 
 
 def write_plan(planned: Plan, path: Path) -> None:
@@ -233,7 +232,7 @@ def write_plan(planned: Plan, path: Path) -> None:
 
 
 def plan_sentences(planned: Plan) -> list[str]:
-    """The plan in words, a sentence or two each."""
+    """Return the plan as a list of sentences."""
     judged = "" if planned.by is None else f" by {planned.by}"
     wanted = f"a win rate{judged} of {planned.wanted:g}"
     sentences = [_answer(planned, wanted)]
@@ -279,8 +278,8 @@ def _reservations(planned: Plan) -> list[str]:
     elif planned.largest_n > measured:
         why = "where rewards tie" if planned.by is None else "where another reward decides"
         sentences.append(
-            f"{beyond}; beyond, a line in n/(n+1) is drawn on, which is a guess {why}, and the "
-            "intervals do not know how good a guess; more draws a prompt measure it."
+            f"{beyond}; beyond, it is extrapolated along a line in n/(n+1), which is a guess {why} "
+            "and adds an error that the intervals leave out; more draws a prompt measure it."
         )
     elif planned.draws < FEWEST_TO_EXTRAPOLATE:
         sentences.append(
@@ -292,7 +291,7 @@ def _reservations(planned: Plan) -> list[str]:
 
 
 def plan_table(planned: Plan) -> Table:
-    """A row for each n; extrapolated ones are marked with `*`."""
+    """Return a table with a row for each n; `*` marks extrapolated ones."""
     from rich.table import Table
 
     timed = planned.rows[0].seconds is not None

@@ -1,8 +1,8 @@
-"""OpenAI-compatible endpoints: whether one may be asked, and how to read what it says.
+"""OpenAI-compatible endpoints: checks of address and key, and reading of replies.
 
-What the judge (`evaluation.judge`), samplers and rewards behind a server (`remote`), and
-the server in front of another one (`serve.upstream`) share. The options that errors name are
-`SECTION.base_url` and `SECTION.api_key_env`.
+Shared by the judge (`evaluation.judge`), remote samplers and rewards (`remote`), and the server
+in front of another one (`serve.upstream`). Errors name the settings as `SECTION.base_url`
+and `SECTION.api_key_env`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import httpx
 
 from bonbon.system.errors import BonbonError
 
-_PASSING = {408, 409, 425, 429}  # and every 5xx
-_SHORTEST_SECRET = 8  # shorter ones ("EMPTY", "x") only fill the place of a key
+_PASSING = {408, 409, 425, 429}  # temporary errors, like every 5xx
+_SHORTEST_SECRET = 8  # shorter ones ("EMPTY", "x") are placeholders
 
 
 # --- the address and the key ----------------------------------------------------------------------
@@ -28,9 +28,9 @@ _SHORTEST_SECRET = 8  # shorter ones ("EMPTY", "x") only fill the place of a key
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An address that may be asked, and the key for it ("" where none is set).
+    """A checked address, and its key ("" if none is set).
 
-    `api_key_env` names the environment variable that the key was looked for in.
+    `api_key_env` names the environment variable of the key.
     """
 
     base_url: str
@@ -39,19 +39,19 @@ class Endpoint:
     api_key_env: str
 
     def url(self, path: str) -> str:
-        """Where requests to `path` go."""
+        """Return the URL of `path`."""
         return f"{self.base_url.rstrip('/')}/{path}"
 
     def headers(self) -> dict[str, str]:
-        """The headers of every request."""
+        """Return the headers of every request."""
         authorization = {"Authorization": f"Bearer {self.secret}"} if self.secret else {}
         return {"Content-Type": "application/json"} | authorization
 
 
 def checked_endpoint(base_url: str, api_key_env: str, section: str) -> Endpoint:
-    """The endpoint that a section of the configuration names.
+    """Return the endpoint of a section of the configuration.
 
-    Raises BonbonError when the address or the key cannot be used, or when the key would go
+    Raises BonbonError when the address or the key cannot be used, or when the key would be sent
     unencrypted to another machine.
     """
     url, secret = checked_address(base_url, section), secret_from(api_key_env, section)
@@ -65,8 +65,8 @@ def checked_endpoint(base_url: str, api_key_env: str, section: str) -> Endpoint:
 
 
 def checked_address(base_url: str, section: str) -> httpx.URL:
-    """The address, parsed. Raises BonbonError when it is none, or says more than an address."""
-    # The errors do not show the address: a wrong one may have a password anywhere.
+    """Parse an address. Raises BonbonError if it is invalid or has more than an address."""
+    # Errors do not show the address: a malformed one may contain a password anywhere.
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL:
@@ -84,12 +84,12 @@ def checked_address(base_url: str, section: str) -> httpx.URL:
 
 
 def is_local(url: httpx.URL) -> bool:
-    """Whether an address is this machine's own."""
+    """Return whether an address is this machine's own."""
     return is_loopback(url.host)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address is this machine's own, which no other machine reaches."""
+    """Return whether a host is this machine's loopback, which other machines cannot reach."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -97,9 +97,9 @@ def is_loopback(host: str) -> bool:
 
 
 def secret_from(name: str, section: str) -> str:
-    """The key in the environment variable `name`, or "" where none is set.
+    """Return the key in the environment variable `name`, or "" if none is set.
 
-    Raises BonbonError for what is no variable's name, or no key that a header can hold.
+    Raises BonbonError for an invalid variable name, or a key that a header cannot hold.
     """
     if not re.fullmatch(r"\w+", name, re.ASCII):  # not shown: it may be the key itself
         raise BonbonError(
@@ -112,25 +112,25 @@ def secret_from(name: str, section: str) -> str:
     return secret
 
 
-# --- what it answers ------------------------------------------------------------------------------
+# --- replies --------------------------------------------------------------------------------------
 
 
 def is_passing(status: int) -> bool:
-    """Whether a status may be gone at the next try."""
+    """Return whether a status is temporary, so that a retry may succeed."""
     return status in _PASSING or status >= 500
 
 
 def retry_after_seconds(header: str) -> float:
-    """The seconds that a Retry-After header asks for; 0 for none, or a date (clocks differ)."""
+    """Return the seconds of a Retry-After header; 0 without one, or for a date (clocks differ)."""
     return float(header) if re.fullmatch(r"[0-9]{1,9}", header) else 0.0
 
 
 def message_text(content: Any) -> str:
-    """A message's content: a text, a list of parts of which some are texts, or nothing.
+    """Return the text of a message's content: a text, a list of parts, or None.
 
     Raises TypeError or KeyError for anything else.
     """
-    if content is None:  # a reasoning model that did not get beyond its thoughts
+    if content is None:  # a reasoning model that did not finish thinking
         return ""
     if isinstance(content, str):
         return content
@@ -138,7 +138,7 @@ def message_text(content: Any) -> str:
 
 
 def server_message(content: bytes, secret: str, longest: int = 200) -> str:
-    """A server's message, for one line of an error, without the key."""
+    """Return a server's error message as one line, without the key."""
     text = content.decode(errors="replace")
     try:
         value = json.loads(text)
@@ -152,13 +152,14 @@ def server_message(content: bytes, secret: str, longest: int = 200) -> str:
 
 
 def redacted(text: str, secret: str) -> str:
-    """The text without the key."""
+    """Replace the key in a text."""
     return text if len(secret) < _SHORTEST_SECRET else text.replace(secret, "[key]")
 
 
 def backoff(attempt: int, first: float, longest: float) -> float:
-    """Seconds before the next try: twice as many after each, up to `longest`.
+    """Return the seconds before the next try: doubled after each, up to `longest`.
 
-    Spread by a quarter to either side, so that what failed together does not come back together.
+    Varied at random by up to a quarter, so that requests that failed together are not repeated
+    together.
     """
     return min(first * 2.0 ** min(attempt, 30), longest) * random.uniform(0.75, 1.25)

@@ -1,8 +1,8 @@
-"""The report of a run: one self-contained web page, the same in Markdown, and the plots.
+"""The report of a run: a self-contained web page, the same in Markdown, and the plots.
 
-`report.html` needs no network: its style and script are inside, and its policy allows nothing else.
-Every figure in it is from `evaluation/evaluation.json`; the completions are from the groups beside
-it.
+`report.html` needs no network: it holds its style and script, and its content security policy
+allows nothing else. All figures come from `evaluation/evaluation.json`, the completions from the
+groups beside it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html`, `report.md` and `plots/` into a run's folder; the page's path.
+    """Write `report.html`, `report.md` and `plots/` into a run's folder; return the page's path.
 
-    Raises BonbonError when the folder holds no readable evaluation, or cannot be written.
+    Raises BonbonError when the folder has no readable evaluation, or cannot be written.
     """
-    # Drawing and templates load late, as they take a second.
+    # Imported here, since they take a second to load.
     from bonbon.report.browser import embed
     from bonbon.report.charts import draw_charts
     from bonbon.report.data import read_run

@@ -1,8 +1,8 @@
-"""The completions of a run as the page embeds them: a small index, and texts in blocks.
+"""The completions of a run, embedded in the page as a small index and blocks of texts.
 
-Each part is gzipped JSON in base64, in ASCII throughout, so that no text can end the script element
-that holds it, and lone surrogates survive. The page decodes the index after it is first painted,
-and a block only when one of its prompts is shown or searched.
+Each part is gzipped ASCII JSON in base64, so that no text can end the script element that holds it,
+and lone surrogates survive. The page decodes the index after the first paint, and a block only when
+one of its prompts is shown or searched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK = 50  # prompts
 
 @dataclass(frozen=True)
 class Browser:
-    """What the page embeds: `index` once, a block for every BLOCK prompts."""
+    """The embedded data of the page: `index` once, and a block for every BLOCK prompts."""
 
     models: tuple[str, ...]
     prompts: int
@@ -32,11 +32,11 @@ class Browser:
 
 
 def embed(run: Run) -> Browser | None:
-    """The completions of every prompt; None without the base model's or any other's.
+    """Return the completions of every prompt; None if the base model or all others have none.
 
-    Prompts come in the order in which they are first shown: the first model's largest losses of
-    mean reward first. The index has for every prompt its text and each column's rewards, draw by
-    draw; a block has the columns' texts.
+    Prompts are sorted as they are first shown: by the first model's change of mean reward, largest
+    losses first. The index has every prompt's text and each model's rewards, draw by draw; a block
+    has the models' texts.
     """
     base = run.groups.get(BASE_NAME)
     models = [policy for policy in run.lineup if policy.name in run.groups]
@@ -63,7 +63,7 @@ def embed(run: Run) -> Browser | None:
 
 
 def pack(value: Any) -> str:
-    """A value as gzipped ASCII JSON in base64."""
+    """Return a value as gzipped ASCII JSON in base64."""
     data = json.dumps(value, allow_nan=False, separators=(",", ":")).encode("ascii")
     return base64.b64encode(gzip.compress(data, compresslevel=6, mtime=0)).decode("ascii")
 
@@ -96,13 +96,13 @@ def _entry(
 
 
 def _draws(run: Run, policy: ReportedPolicy, group: Group) -> Sequence[int]:
-    """The draws that are the policy's answers: the first k, or the one that it keeps."""
+    """Return the draws that are the policy's answers: the first k, or the best that it keeps."""
     draws = range(group.n)
     return draws[: run.k] if policy.best_of is None else _best(group, draws[: policy.best_of])
 
 
 def _best(group: Group, draws: Sequence[int]) -> Sequence[int]:
-    """The first of the best draws, in a list of its own; empty without draws or rewards."""
+    """Return a list of the best draw, of tied ones the first; empty without draws or rewards."""
     if not draws or group.rewards is None:
         return ()
     rewards = group.rewards
@@ -110,8 +110,8 @@ def _best(group: Group, draws: Sequence[int]) -> Sequence[int]:
 
 
 def _column(group: Group, draws: Sequence[int]) -> ShownDraws:
-    """Texts, and reward and further figures of each draw."""
-    # Of the three estimates of a completion's KL the default is enough to read beside it.
+    """Return the texts, and the reward and further figures of each draw."""
+    # Of the three estimates of a completion's KL only the default is shown.
     metrics = {name: row for name, row in group.metrics.items() if not name.startswith("kl_")}
     figures = {**metrics, "reward": group.rewards, "tokens": group.lengths()}
     figures = {"reward": group.rewards, **figures}
@@ -122,12 +122,12 @@ def _column(group: Group, draws: Sequence[int]) -> ShownDraws:
 
 
 def _short(value: float) -> float | None:
-    """Six digits; what is not finite is no JSON."""
+    """Round to six digits; None if not finite, which JSON cannot hold."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _change(ours: ShownDraws | None, base: ShownDraws) -> float | None:
-    """Mean reward of the model's draws minus that of the base's."""
+    """Return the mean reward of the model's draws minus that of the base model's."""
     means = [_mean([draw.get("reward") for draw in column[1]]) for column in (ours, base) if column]
     if len(means) < 2 or means[0] is None or means[1] is None:
         return None
@@ -140,7 +140,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _messages(prompt: Prompt) -> list[list[str]]:
-    """[[role, text], …]; a plain prompt has an empty role."""
+    """Return [[role, text], …]; a plain prompt has an empty role."""
     if isinstance(prompt, str):
         return [["", prompt]]
     return [[message["role"], message["content"]] for message in prompt]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def results_table(results: Mapping[str, ModelEvaluation]) -> Table:
-    """One row a model; behind each ± is half the width of the 95% interval."""
+    """Return a table with one row a model; ± is half the width of the 95% interval."""
     further = list(next(iter(results.values())).win_rate_by)
     table = Table(
         title="Against the base model, on held-out prompts",

@@ -1,7 +1,7 @@
-"""What a report is made of: the figures, configuration, logs and completions in a run's folder.
+"""The data of a report: the figures, configuration, logs and completions in a run's folder.
 
-Everything but `evaluation/evaluation.json` may be missing, and so may most of its keys: reports of
-older and of partly removed runs open too.
+Everything but `evaluation/evaluation.json` may be missing, and so may most of its keys, so that
+reports of old and of partly deleted runs can be written.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ BASE_NAME = "base"
 
 @dataclass(frozen=True)
 class ReportedPolicy:
-    """One model of the evaluation; `best_of` is set when it keeps the best of so many draws."""
+    """A policy of the evaluation; `best_of` is the number of draws it keeps the best of, if any."""
 
     name: str
     best_of: int | None
     values: Mapping[str, Any]
 
     def figure(self, *keys: str) -> Figure | None:
-        """The figure under those keys; None when it is missing or not finite."""
+        """Return the figure under these keys; None if it is missing or not finite."""
         value: Any = self.values
         for key in keys:
             value = value.get(key) if isinstance(value, Mapping) else None
         return as_figure(value)
 
     def number(self, *keys: str) -> float | None:
-        """A figure's value alone."""
+        """Return only the value of the figure under these keys."""
         figure = self.figure(*keys)
         return None if figure is None else figure.value
 
@@ -53,7 +53,7 @@ class ReportedPolicy:
 
 
 def as_figure(value: Any) -> Figure | None:
-    """{"value", "low", "high"} as a figure; None for anything else or what is not finite."""
+    """Return {"value", "low", "high"} as a figure; None for anything else or if not finite."""
     if not isinstance(value, Mapping):
         return None
     parts = [value.get(key) for key in ("value", "low", "high")]
@@ -64,7 +64,7 @@ def as_figure(value: Any) -> Figure | None:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read. `groups` and `logs` are by the policies' names."""
+    """The content of a run's folder. `groups` and `logs` are by policy name."""
 
     folder: Path
     evaluation: Mapping[str, Any]
@@ -74,17 +74,17 @@ class Run:
 
     @property
     def n(self) -> int:
-        """The n of the best-of-n that policies are measured beside."""
+        """The n of the best-of-n that policies are compared with."""
         return int(self.evaluation.get("n") or 0)
 
     @property
     def k(self) -> int:
-        """Completions of each policy a prompt."""
+        """The number of completions of each policy a prompt."""
         return int(self.evaluation.get("k") or 0)
 
     @cached_property
     def policies(self) -> dict[str, ReportedPolicy]:
-        """All models by name, in the evaluation's order; best-of-n is never the last."""
+        """All policies by name, in the evaluation's order."""
         return {
             name: ReportedPolicy(name, _best_of(name, values, self.n), values)
             for name, values in self.evaluation["models"].items()
@@ -92,28 +92,28 @@ class Run:
 
     @property
     def contenders(self) -> list[ReportedPolicy]:
-        """All but the base model."""
+        """All policies but the base model."""
         return [policy for name, policy in self.policies.items() if name != BASE_NAME]
 
     @property
     def trained(self) -> list[ReportedPolicy]:
-        """All that answer with one draw, the base model left out."""
+        """All policies that answer with one draw, without the base model."""
         return [policy for policy in self.contenders if policy.best_of is None]
 
     @property
     def lineup(self) -> list[ReportedPolicy]:
-        """The contenders as charts show them: the main one, other models, best-of-k policies."""
+        """The contenders in the order of charts: the main one, other models, best-of-k policies."""
         order = [self.main, *self.trained, *self.contenders]
         return list({policy.name: policy for policy in order if policy is not None}.values())
 
     @property
     def columns(self) -> list[ReportedPolicy]:
-        """All policies as tables show them: the main one, then the rest in their order."""
+        """All policies in the order of tables: the main one first."""
         return list({p.name: p for p in (self.main, *self.policies.values()) if p}.values())
 
     @property
     def best_of_n(self) -> ReportedPolicy | None:
-        """Best-of-n of the base model, as it was measured."""
+        """The measured best-of-n of the base model."""
         return self.policies.get(f"best-of-{self.n}")
 
     @cached_property
@@ -121,7 +121,7 @@ class Run:
         """The model that the run is about; None in a comparison."""
         if "main" in self.evaluation:
             return self.policies.get(self.evaluation["main"] or "")
-        # Evaluations of schema version 1 do not name it.
+        # Schema version 1 does not name the main model.
         named = str((self.config.get("train") or {}).get("objective"))
         return self.policies.get(named) or (self.trained[-1] if self.trained else None)
 
@@ -132,7 +132,7 @@ class Run:
 
     @property
     def best_of_k(self) -> list[Mapping[str, Any]]:
-        """Best-of-k's points that can be drawn, by rising k."""
+        """The best-of-k points that can be drawn, by ascending k."""
         points = self.evaluation.get("best_of_k") or []
         drawable = [p for p in points if as_figure(p.get("win_rate")) and p.get("kl") is not None]
         return sorted(drawable, key=lambda point: point["k"])
@@ -146,7 +146,7 @@ def _best_of(name: str, values: Mapping[str, Any], n: int) -> int | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder. Raises BonbonError when it holds no readable evaluation."""
+    """Read a run's folder. Raises BonbonError if it has no readable evaluation."""
     evaluation = _read_evaluation(folder)
     names = list(evaluation["models"])
     config = _read_config(folder / "config.yaml")

@@ -1,4 +1,4 @@
-"""What the charts have in common: their look, and how they become files and parts of a page."""
+"""Parts that the charts share: their style, and saving them as files and parts of the page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bonbon.report.tables import Table
 from bonbon.report.theme import PAPER, SvgStyles, mark
 from bonbon.system.atomic_files import atomic_path, write_text
 
-_WIDTH = 5.6  # inches; narrow, so that letters stay readable when a phone scales it down
+_WIDTH = 5.6  # inches; narrow, so that text stays readable on a phone
 INK, MUTED = PAPER["ink"], PAPER["muted"]
 STYLE = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "bonbon",  # or ids would differ from one writing to the next
+    "svg.hashsalt": "bonbon",  # makes ids reproducible
     "text.usetex": False,
     "text.parse_math": False,  # a name may hold a $
     "font.family": "sans-serif",
@@ -42,7 +42,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart as part of the page (`svg`), what it says in words, and its data."""
+    """A chart as part of the page (`svg`), with its title in words and its data."""
 
     name: str
     title: str
@@ -58,9 +58,9 @@ def finish(
     styles: SvgStyles,
     plots: Path,
 ) -> Chart:
-    """Save the figure as PNG and SVG, and make it part of the page."""
+    """Save the figure as PNG and SVG, and return it as a part of the page."""
     _save(figure, plots / f"{name}.png", format="png", dpi=200)
-    figure.set_layout_engine("none")  # the layout holds, and takes half of the time
+    figure.set_layout_engine("none")  # the layout is done; repeating it takes half of the time
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -73,13 +73,13 @@ def finish(
 
 def _save(figure: Any, path: Path, **options: Any) -> None:
     with atomic_path(path) as temporary, warnings.catch_warnings():
-        # A script that no font here has becomes boxes in the PNG; the SVG keeps the text.
+        # Characters that no installed font has become boxes in the PNG; the SVG keeps the text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary, **options)
 
 
 def new_axes(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """A figure of that height in inches, and its axes, shape (rows, columns)."""
+    """Return a figure of a height in inches, and its axes, shape (rows, columns)."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(_WIDTH, height), layout="constrained", facecolor=PAPER["paper"])
@@ -87,16 +87,15 @@ def new_axes(height: float, rows: int = 1, columns: int = 1, **options: Any) -> 
 
 
 def add_legend(canvas: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend below the axes, where it hides no data."""
-    # Labels that begin with "_" would be left out of a legend.
-    # The axes keep their height, however many rows the legend has.
+    """Add a legend below the axes, where it hides no data."""
+    # The figure grows with the legend, so that the axes keep their height.
     columns = 1 if any(len(label) > 24 for label in labels) else 2
     rows = -(-len(labels) // columns)
     width, height = canvas.get_size_inches()
     canvas.set_size_inches(width, height + max(0, rows - 5) * 0.2)
     canvas.legend(
         handles,
-        [f" {plain(label)}" for label in labels],
+        [f" {plain(label)}" for label in labels],  # a legend leaves out labels that start with "_"
         loc="outside lower center",
         ncols=columns,
         frameon=False,
@@ -105,17 +104,17 @@ def add_legend(canvas: Any, handles: Sequence[Any], labels: Sequence[str]) -> No
 
 
 def plain(text: str) -> str:
-    """A name without what an XML file cannot hold, and not longer than a legend can be."""
+    """Return a name of at most 40 characters, with "\ufffd" for those that XML cannot hold."""
     text = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= 40 else text[:39] + "…"
 
 
 def looks(run: Run) -> dict[str, tuple[str, str]]:
-    """Colour and marker of every model that answers with one draw, the same in all charts."""
+    """Return the colour and marker of every model that answers with one draw."""
     models = [policy for policy in run.lineup if policy.best_of is None]
     return {policy.name: mark(index) for index, policy in enumerate(models)}
 
 
 def colour_of(run: Run, name: str) -> str:
-    """The model's colour in all charts."""
+    """Return a model's colour, the same in all charts."""
     return looks(run).get(name, (INK, ""))[0]

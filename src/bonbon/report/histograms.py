@@ -1,4 +1,4 @@
-"""Rewards before and after, as shares of completions in common bins."""
+"""Histograms of rewards before and after training, in common bins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_BINS = 40
 class Histograms:
     """`shares` by policy, each of shape (bins,), sum to 1; `edges` has shape (bins + 1,).
 
-    `reference` names what the others are compared with: the base model and best-of-n.
+    `reference` names the policies to compare with: the base model and best-of-n.
     """
 
     edges: Floats
@@ -29,7 +29,7 @@ class Histograms:
 
 
 def histograms(run: Run) -> Histograms | None:
-    """Histograms of the reward trained on; None without scored base completions.
+    """Return histograms of the reward trained on; None without scored base completions.
 
     Rewards in the outermost 0.2% at either end are counted in the first or last bin.
     """
@@ -37,7 +37,7 @@ def histograms(run: Run) -> Histograms | None:
     if BASE_NAME not in weighted:
         return None
     pooled = np.concatenate([rewards for rewards, _ in weighted.values()])
-    # Twice the largest float has to be one.
+    # Keeps high - low finite.
     low, high = np.clip(np.percentile(pooled, [0.2, 99.8]), -1e300, 1e300)
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -53,7 +53,7 @@ def histograms(run: Run) -> Histograms | None:
 
 
 def _weighted_rewards(run: Run) -> dict[str, tuple[Floats, Floats]]:
-    """Rewards and their weights: of all draws alike, or by rank where the best is kept."""
+    """Return rewards and their weights: equal, or by rank for policies that keep the best."""
     wanted = {BASE_NAME: None} | {policy.name: policy.best_of for policy in run.lineup}
     weighted, own = {}, f"best-of-{run.n}"
     for name, best_of in wanted.items():
@@ -72,5 +72,5 @@ def _usable(group: Group, best_of: int) -> bool:
 
 
 def _by_rank(group: Group, best_of: int) -> tuple[Floats, Floats]:
-    # The best of 1 is any of them, and every rank weighs the same.
+    # For the best of 1 every rank has the same weight.
     return np.sort(np.array(group.rewards, np.float64)), best_of_n_rank_weights(group.n, best_of)

@@ -1,4 +1,4 @@
-"""The card (README.md) of a trained model: what it is, how it was made, what was measured."""
+"""The model card (README.md) of a trained model: its origin, training and figures."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def model_card(
     prompts: int,
     record: Mapping[str, Any],
 ) -> str:
-    """The card's Markdown text; `prompts` were evaluated on, `record` is the training's log."""
+    """Return the card in Markdown; `prompts` is the number evaluated, `record` the training log."""
     settings, sampling = config.trainings[name], config.sampling
     is_adapter = settings.lora is not None and not settings.lora.merge
     header = {
-        # A hub's page links to it, so a folder on this machine has no place there.
+        # The hub links to it, so a local folder is left out.
         **({} if Path(config.model.name).exists() else {"base_model": config.model.name}),
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",

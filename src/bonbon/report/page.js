@@ -234,6 +234,6 @@
     $("fields").disabled = false;
   }
 
-  // The page is painted before anything is unpacked.
+  // Lets the browser paint the page before anything is unpacked.
   requestAnimationFrame(() => setTimeout(() => start().catch(fail)));
 })();

@@ -1,4 +1,4 @@
-"""Filling the templates of the page and of its Markdown."""
+"""Fills the templates of the page and of its Markdown version."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from bonbon.report.theme import SvgStyles, variables
 from bonbon.system.version import installed_version
 
 _HERE = Path(__file__).parent
-# What can begin something in a line of GitHub's Markdown; the rest is left readable.
+# Characters with a meaning inside a line of GitHub's Markdown; others stay readable.
 _MARKDOWN = re.compile(r"[\\`*\[\]<>|~&#@$]|(?<![^\W_])_|_(?![^\W_])|:(?=\w|//)|(?<=www)\.")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All of a report but its charts and completions, in writing."""
+    """The texts and tables of a report; all but its charts and completions."""
 
     title: str
     subtitle: str
@@ -52,7 +52,7 @@ class Summary:
 
 
 def summarise(run: Run) -> Summary:
-    """Everything that the page says, before it is laid out."""
+    """Return the texts and tables of the page."""
     return Summary(
         title=_title(run),
         subtitle=_subtitle(run),
@@ -138,7 +138,7 @@ _MAIN_SETTINGS = {
 
 
 def _run_table(run: Run) -> Table | None:
-    """The models, the data and the settings that matter most."""
+    """Return a table of the models, the data and the main settings."""
     settings = _settings(run)
     described = run.evaluation.get("reward") or {}
     reward = flatten(described if isinstance(described, Mapping) else {"model": str(described)})
@@ -175,7 +175,7 @@ def _command(run: Run) -> str:
 def page(
     summary: Summary, charts: Mapping[str, Chart], browser: Browser | None, styles: SvgStyles
 ) -> str:
-    """The whole page as HTML."""
+    """Return the page as HTML."""
     style = variables() + _read("page.css") + styles.css()
     script = _read("page.js")
     drawn = {name: {**vars(chart), "svg": Markup(chart.svg)} for name, chart in charts.items()}
@@ -192,25 +192,25 @@ def page(
 
 
 def markdown_text(summary: Summary, charts: Mapping[str, Chart]) -> str:
-    """The report without completions, in GitHub's Markdown."""
+    """Return the report without completions in GitHub's Markdown."""
     text = _template("report.md.jinja").render(report=summary, charts=_Charts(charts))
     return _storable(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
 
 
 def _storable(text: str) -> str:
-    """The text with "?" for lone surrogates, which UTF-8 cannot hold and JSON can."""
+    """Replace lone surrogates, which JSON can hold and UTF-8 cannot, by "?"."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class _Charts(dict[str, Any]):
-    """Charts by name; one that was not drawn is None in a template."""
+    """Charts by name; one that was not drawn is None."""
 
     def __missing__(self, name: str) -> None:
         return None
 
 
 def escape_markdown(text: str) -> str:
-    """Any text as itself in a line or a table's cell of Markdown."""
+    """Escape a text for a line or a table cell of Markdown."""
     return _MARKDOWN.sub(r"\\\g<0>", " ".join(str(text).split()))
 
 

@@ -1,4 +1,4 @@
-"""Plots, drawn with matplotlib without a display."""
+"""Plots by matplotlib, without a display."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bonbon.evaluation.results import ModelEvaluation
     from bonbon.planning.which_n import Plan
 
-# Okabe and Ito's colours, told apart with every common colour blindness.
+# Okabe and Ito's colours, distinguishable with every common colour blindness.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "osD^vP"
 FORMATS = ("png", "svg", "pdf")
@@ -53,10 +53,10 @@ def _frontier_axes(max_kl: float, ns: Sequence[float]) -> tuple[Any, Any]:
 
 
 def check_plot_path(path: Path) -> str:
-    """The format that a file's ending names. Raises BonbonError for one that is no plot's."""
+    """Return the format of a plot by the file's suffix. Raises BonbonError if it is unknown."""
     suffix = path.suffix.lstrip(".").lower() or "png"
     if suffix not in FORMATS:
-        raise BonbonError(f"{path}: a plot is one of {', '.join(FORMATS)}, by the file's ending")
+        raise BonbonError(f"{path}: a plot's file must end in one of {', '.join(FORMATS)}")
     return suffix
 
 
@@ -67,15 +67,15 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def plot_frontier(ns: Sequence[float], path: Path) -> None:
-    """Win rate against KL: the optimal frontier and best-of-n for the given n."""
+    """Plot win rate against KL: the optimal frontier and best-of-n for the given n."""
     figure, axes = _frontier_axes(1.15 * max(BestOfN(max(ns)).kl(), 0.5), ns)
     axes.legend(loc="lower right", fontsize=8)
     _save(figure, path)
 
 
 def plot_win_rate_against_kl(results: Mapping[str, ModelEvaluation], n: int, path: Path) -> None:
-    """Every measured model with its intervals, under the frontier and beside best-of-n."""
-    # Without a KL (another vocabulary) there is no place in the plot.
+    """Plot every measured model with its intervals, the frontier and best-of-n."""
+    # Models without a KL (another vocabulary) cannot be plotted.
     models = {name: (r.win_rate, r.kl) for name, r in results.items() if r.kl and r.kl.value > 0}
     max_kl = 1.08 * max([kl.high for _, kl in models.values()] + [BestOfN(n).kl()])
     figure, axes = _frontier_axes(max_kl, sorted({2, 4, 8, 16, 32, 64, 128, n}))
@@ -98,7 +98,7 @@ def plot_win_rate_against_kl(results: Mapping[str, ModelEvaluation], n: int, pat
 def plot_curves(
     curves: Mapping[str, Sequence[tuple[float, float]]], n: int, path: Path, max_kl: float = 6.0
 ) -> None:
-    """Methods as curves of (KL in nats, win rate), under the frontier and beside best-of-n."""
+    """Plot methods as curves of (KL in nats, win rate), the frontier and best-of-n."""
     figure, axes = _frontier_axes(max_kl, sorted({2, 4, 8, 16, 32, 64, n}))
     for index, (name, points) in enumerate(curves.items()):
         axes.plot(
@@ -118,9 +118,9 @@ def plot_curves(
 
 
 def plot_plan(planned: Plan, path: Path) -> None:
-    """Win rate of best-of-n against the tokens it costs, and the wanted one.
+    """Plot the win rate of best-of-n against its cost in tokens, and the wanted win rate.
 
-    Intervals as a band; what is extrapolated is dashed, from the last measured n on.
+    Intervals are a band; after the last measured n the curve is dashed.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""A comparison in sentences: which policy wins most often, and whether that is sure."""
+"""A comparison in sentences: which policy wins most often, and how certain that is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from bonbon.report.numbers import in_brackets, number, of_100
 
 
 def ranked(run: Run) -> list[ReportedPolicy]:
-    """All policies but the base model that have a win rate, the best first."""
+    """Return all policies with a win rate but the base model, best first."""
     measured = [policy for policy in run.contenders if policy.figure("win_rate")]
     return sorted(measured, key=lambda policy: -(policy.number("win_rate") or 0.0))
 
 
 def ranking(run: Run) -> Iterator[str]:
-    """The findings of a comparison."""
+    """Yield the findings of a comparison."""
     order = ranked(run)
     if not order:
         yield "No policy was measured against the base model."
@@ -30,9 +30,9 @@ def ranking(run: Run) -> Iterator[str]:
     if all(figure.high < 0.5 for figure in wins.values()):
         yield "So every policy is worse than the base model."
     elif not better:
-        yield "So no policy can be told to be better than the base model."
+        yield "So no policy is clearly better than the base model."
     elif first.name not in better:
-        yield f"Better than the base model beyond error: {', '.join(better)}."
+        yield f"Clearly better than the base model: {', '.join(better)}."
     if len(order) > 1:
         yield _lead(run, first, order[1])
     yield from _best_single(order)
@@ -54,7 +54,7 @@ def _preferred(win: Figure) -> str:
 
 
 def _best_single(order: list[ReportedPolicy]) -> Iterator[str]:
-    """The best of the policies that draw once, where the winner draws more often."""
+    """Yield the best of the policies that draw once, if the winner draws more often."""
     single = [policy for policy in order if policy.best_of is None]
     if order[0].best_of is not None and single:
         yield (
@@ -70,7 +70,7 @@ def _lead(run: Run, first: ReportedPolicy, second: ReportedPolicy) -> str:
         return f"Its interval and that of the next, {second.name}, {apart}."
     lead = f"{number(100 * difference.value, 1)} of 100{in_brackets(difference, 'points', True)}"
     if difference.low <= 0:
-        return f"It cannot be told apart from the next, {second.name}: its lead is {lead}."
+        return f"It is not clearly better than the next, {second.name}: its lead is {lead}."
     return f"Its lead over the next, {second.name}, is {lead}."
 
 

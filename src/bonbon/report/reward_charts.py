@@ -1,4 +1,4 @@
-"""Rewards before and after, and the training's curves."""
+"""Charts of the rewards before and after training, and of the training itself."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _training_panels(row: Any, name: str, entries: Sequence[dict[str, Any]], col
 
 
 def _by_step(log: Sequence[dict[str, Any]], most: int = 200) -> list[dict[str, Any]]:
-    """The log's entries, one a step; of more than about `most`, evenly chosen ones."""
+    """Return the log's entries, merged by step and thinned evenly to about `most`."""
     merged: dict[int, dict[str, Any]] = {}
     for entry in log:
         if "loss" in entry or "eval_loss" in entry:

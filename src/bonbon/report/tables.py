@@ -1,4 +1,4 @@
-"""The report's tables: figures in rows, policies in columns, every cell already in writing."""
+"""The report's tables: figures in rows, policies in columns, all cells formatted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bonbon.report.numbers import MISSING, Shown, duration, number, shown
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, a header and rows; a row's first cell is its heading."""
+    """A table with a caption, a header and rows; a row's first cell is its heading."""
 
     caption: str
     header: tuple[str, ...]
@@ -24,7 +24,7 @@ Row = tuple[str, Callable[[ReportedPolicy], Figure | None], str, bool]
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table | None:
-    """A table of cells that are `Shown` or texts; None without rows."""
+    """Return a table of cells that are `Shown` or texts; None without rows."""
     if not rows:
         return None
     cells = tuple(
@@ -34,7 +34,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 
 def _by_policy(caption: str, run: Run, rows: Sequence[Row]) -> Table | None:
-    """Rows of figures over policies; rows and columns without any figure are left out."""
+    """Return a table of figures by policy, without empty rows and columns."""
     policies = [policy for policy in run.columns if any(of(policy) for _, of, _, _ in rows)]
     measured = [
         [label, *(shown(figure, unit, signed) for figure in figures)]
@@ -49,7 +49,7 @@ def _figure(*keys: str) -> Callable[[ReportedPolicy], Figure | None]:
 
 
 def main_table(run: Run) -> Table | None:
-    """Every policy's main figures."""
+    """Return the main figures of every policy."""
     further: list[Row] = [
         (f"win rate by {name}", _figure("win_rate_by", name), "share", False)
         for name in run.further_rewards
@@ -78,7 +78,7 @@ _ESTIMATES = {
 
 
 def kl_table(run: Run) -> Table | None:
-    """The KL by each estimator, in both directions."""
+    """Return the KL by each estimator, in both directions."""
     rows: list[Row] = [
         (f"{direction}, {title}", _figure(key, estimate), "nats", False)
         for key, direction in (
@@ -91,7 +91,7 @@ def kl_table(run: Run) -> Table | None:
 
 
 def best_of_n_kl_table(run: Run) -> Table | None:
-    """Best-of-n's KL: the bound for any reward, and what ties leave of it."""
+    """Return best-of-n's KL: the bound for any reward, and the value given its ties."""
     values = run.evaluation.get("best_of_n_kl") or {}
     rows = [
         (label, shown(figure, "nats"))
@@ -110,7 +110,7 @@ def _exact(value: Any) -> Figure | None:
 
 
 def pairs_table(run: Run) -> Table | None:
-    """Model against model."""
+    """Return the win rate of each pair of models."""
     rows = [
         (
             f"{pair.get('ours')} against {pair.get('theirs')}",
@@ -124,7 +124,7 @@ def pairs_table(run: Run) -> Table | None:
 
 
 def drift_tables(run: Run) -> list[Table]:
-    """Off-target metrics: their values, their drift, and the drift at an equal win rate."""
+    """Return the off-target metrics, their drift, and the drift at an equal win rate."""
     metrics = _metrics(run)
     at = run.evaluation.get("equal_win_rate")
     at_equal = f"Drift at an equal win rate of {number(100 * at, 1)}%" if at is not None else ""
@@ -137,7 +137,7 @@ def drift_tables(run: Run) -> list[Table]:
     for caption, key, signed in kinds:
         rows: list[Row] = []
         for name, label, unit in metrics:
-            # What a share changes by is points, and not per cent of it.
+            # A share changes by percentage points, not by per cent.
             is_points = signed and unit == "share"
             shown_as = label.replace("(share)", "(points)") if is_points else label
             rows.append((shown_as, _figure(key, name), "points" if is_points else unit, signed))
@@ -146,7 +146,7 @@ def drift_tables(run: Run) -> list[Table]:
 
 
 def _metrics(run: Run) -> list[tuple[str, str, str]]:
-    """(name, label with its unit, unit) of every off-target metric that any policy has."""
+    """Return (name, label with unit, unit) of every off-target metric of any policy."""
     known: Mapping[str, Any] = run.evaluation.get("metrics") or {}
     measured = (policy.values.get("drift") or {} for policy in run.contenders)
     names = dict.fromkeys([*known, *(name for metrics in measured for name in metrics)])
@@ -159,14 +159,14 @@ def _metrics(run: Run) -> list[tuple[str, str, str]]:
 
 
 def honesty_table(run: Run) -> Table | None:
-    """Win rates by the reward trained on and by everything else, with the judge's counts."""
+    """Return win rates by the reward trained on, by further rewards, and by the judge."""
     rows: list[Row] = [("by the reward trained on", _figure("win_rate"), "share", False)]
     rows += [
         (f"by {name}, never trained on", _figure("win_rate_by", name), "share", False)
         for name in run.further_rewards
     ]
     rows.append(("by a judge model", _figure("judge", "win_rate"), "share", False))
-    win_rates = _by_policy("Win rate against the base model by who is asked", run, rows)
+    win_rates = _by_policy("Win rate against the base model, by each reward and judge", run, rows)
     counts = tuple(
         _judge_counts([run.policies[name] for name in win_rates.header[1:]] if win_rates else [])
     )
@@ -184,7 +184,7 @@ def _judge_counts(policies: Sequence[ReportedPolicy]) -> Iterator[tuple[Shown, .
 
 
 def forgetting_table(run: Run) -> Table | None:
-    """What the models make of texts by people."""
+    """Return the models' figures on human text."""
     rows: list[Row] = [
         ("perplexity on human text", _figure("human_text", "perplexity"), "", False),
         ("bits a byte of human text", _figure("human_text", "bits_per_byte"), "", False),
@@ -194,7 +194,7 @@ def forgetting_table(run: Run) -> Table | None:
 
 
 def tasks_table(run: Run) -> Table | None:
-    """Benchmarks of lm-evaluation-harness, and what became of them."""
+    """Return the results of lm-evaluation-harness tasks, and their change."""
     values = {
         (task.get("task"), task.get("metric"), policy.name): task
         for policy in run.columns
@@ -220,7 +220,7 @@ def _task_label(task: str, metric: str, values: Mapping[Any, Mapping[str, Any]])
 def _task(value: Mapping[str, Any] | None) -> Shown:
     if not value or value.get("value") is None:
         return Shown(MISSING)
-    if isinstance(value["value"], str):  # what the harness could not compute: "nan"
+    if isinstance(value["value"], str):  # "nan" and the like, from the harness
         return Shown(value["value"])
     error, change = value.get("standard_error"), value.get("change")
     parts = [f"± {number(error, 3)}"] if error is not None else []
@@ -237,7 +237,7 @@ def _change_interval(value: Mapping[str, Any]) -> str:
 
 
 def best_of_k_table(run: Run) -> Table | None:
-    """Best-of-k from the base model's draws."""
+    """Return best-of-k of the base model for each k."""
     names = list(dict.fromkeys(n for p in run.best_of_k for n in p.get("win_rate_by") or {}))
     rows = [
         (
@@ -254,7 +254,7 @@ def best_of_k_table(run: Run) -> Table | None:
 
 
 def cost_table(run: Run) -> Table | None:
-    """What each stage took."""
+    """Return the cost of each stage."""
     cost = run.evaluation.get("cost") or {}
     trainings = cost.get("training") or run.logs
     stages = [

@@ -1,6 +1,6 @@
-"""Colours, and what makes a chart's SVG part of a page: its colours become CSS variables.
+"""Colours of charts and page, and conversion of a chart's SVG: its colours become CSS variables.
 
-The colours that charts are drawn with are those of paper; the page's light and dark ones are below.
+Charts are drawn with the colours of `PAPER`; the page replaces them by those of `LIGHT` or `DARK`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from xml.etree import ElementTree
 
-# Data colours are told apart under deuteranopia and protanopia and have a contrast of 3 or more.
+# Distinguishable under deuteranopia and protanopia, with a contrast of 3 or more.
 DATA_COLOURS = ("c1", "c2", "c3", "c4", "c5")
 PAPER: Mapping[str, str] = {
     "paper": "#ffffff",
@@ -39,13 +39,13 @@ _MARKERS = "oD^sPvX"
 
 
 def mark(index: int) -> tuple[str, str]:
-    """Colour and marker of the index-th model; no two of the first 35 are alike."""
+    """Return the colour and marker of the index-th model; the first 35 all differ."""
     colour = PAPER[DATA_COLOURS[index % len(DATA_COLOURS)]]
     return colour, _MARKERS[index % len(_MARKERS)]
 
 
 def variables() -> str:
-    """The CSS that defines every colour for light and dark."""
+    """Return the CSS that defines every colour for light and dark."""
 
     def block(colours: Mapping[str, str]) -> str:
         return "{" + "".join(f"--{name}:{colour};" for name, colour in colours.items()) + "}"
@@ -57,22 +57,22 @@ def variables() -> str:
 
 
 class SvgStyles:
-    """Makes inline SVGs, and collects their styles as classes of one style sheet.
+    """Converts SVGs for a page, and collects their styles as classes of one style sheet.
 
-    A page whose policy forbids inline style attributes needs that; a <style> inside of an SVG would
-    apply to the whole page.
+    The page's content security policy forbids inline style attributes, and a <style> inside an SVG
+    would apply to the whole page.
     """
 
     def __init__(self) -> None:
         self._classes: dict[str, str] = {}
 
     def css(self) -> str:
-        """The style sheet of all SVGs made so far."""
+        """Return the style sheet of all SVGs converted so far."""
         rules = [f".{name}{{{style}}}" for style, name in self._classes.items()]
         return ".chart *{stroke-linejoin:round;stroke-linecap:butt}\n" + "\n".join(rules) + "\n"
 
     def inline(self, svg: str, prefix: str, label: str) -> str:
-        """matplotlib's SVG as an element of an HTML page; `label` is read to who cannot see it."""
+        """Return matplotlib's SVG as an HTML element; `label` is for screen readers."""
         root = ElementTree.fromstring(svg)
         for parent in list(root.iter()):
             for child in list(parent):

@@ -1,4 +1,4 @@
-"""Win rate against KL, and against length."""
+"""Charts of the win rate against KL, and against length."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Point = tuple[ReportedPolicy, Figure, Figure]
 
 
 def _points(run: Run, key: str) -> list[Point]:
-    """(policy, figure, win rate) of every policy that has both, the main one first."""
+    """Return (policy, figure, win rate) of every policy that has both, the main one first."""
     pairs = [(policy, policy.figure(key), policy.figure("win_rate")) for policy in run.lineup]
     return [(policy, x, win) for policy, x, win in pairs if x is not None and win is not None]
 
@@ -60,7 +60,7 @@ def _frontier(axes: Any, limit: float) -> Iterator[tuple[Any, str]]:
 
 
 def _best_of_k(axes: Any, run: Run) -> Iterator[tuple[Any, str]]:
-    """Best-of-k by the reward trained on and by the first further one, each a line of rings."""
+    """Draw best-of-k by the reward trained on and by the first further one, a line each."""
     if not run.best_of_k:
         return
     yield from _best_of_k_line(axes, run, None, "best-of-k")
@@ -112,7 +112,7 @@ def _number_points(axes: Any, known: Sequence[tuple[float, Figure, int]]) -> Non
 
 
 def _crosses(axes: Any, run: Run, points: Sequence[Point]) -> Iterator[tuple[Any, str]]:
-    """Each policy as a cross of its intervals; policies of several draws are hollow and grey."""
+    """Draw each policy as a cross of its intervals; policies of several draws are hollow."""
     by_name = looks(run)
     for policy, x, win in points:
         look: dict[str, Any] = {"color": INK, "fmt": "h", "markerfacecolor": PAPER["paper"]}

@@ -1,6 +1,6 @@
-"""The findings in sentences that someone who decides can read, and can hold us to.
+"""The findings in sentences that a decision can be based on.
 
-A difference is claimed only where its 95% interval leaves out "no difference".
+A difference is claimed only if its 95% interval excludes "no difference".
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from bonbon.report.data import ReportedPolicy, Run
 from bonbon.report.numbers import Shown, in_brackets, number, of_100, shown, whole_share
 from bonbon.report.ranking import ranking
 
-_FEW = 20  # prompts; below, intervals cover less than they claim
+_FEW = 20  # prompts; with fewer, intervals are too narrow
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A big number with its name and a remark."""
+    """A large number with its name and a note."""
 
     label: str
     shown: Shown
@@ -26,13 +26,13 @@ class Tile:
 
 
 def headline(run: Run) -> list[str]:
-    """The findings: of the main model, or the policies' order in a comparison."""
+    """Return the findings about the main model, or the ranking of a comparison."""
     sentences = ranking(run) if run.main is None else _main_findings(run, run.main)
     return [*sentences, *_warnings(run)]
 
 
 def tiles(run: Run) -> list[Tile]:
-    """The main model's five figures; none in a comparison."""
+    """Return the main model's five figures; none in a comparison."""
     main = run.main
     if main is None:
         return []
@@ -77,16 +77,16 @@ def _win(win: Figure) -> str:
             f"{share} of 100 comparisons{interval}, by the reward that it was trained on."
         )
     return (
-        "No difference from the base model can be told: the aligned model’s answer is preferred "
-        f"in {share} of 100 comparisons{interval}, by the reward that it was trained on, and 50 "
-        "would be even."
+        "There is no clear difference from the base model: the aligned model’s answer is "
+        f"preferred in {share} of 100 comparisons{interval}, by the reward that it was trained on; "
+        "50 would be even."
     )
 
 
 def _ties(main: ReportedPolicy) -> Iterator[str]:
     ties = main.number("tie_rate")
     if ties is not None and ties >= 1:
-        yield "The reward tells no two answers apart: every pair ties."
+        yield "The reward gives all answers to a prompt the same value: every pair ties."
     elif ties is not None and ties > 0.05:
         yield f"Ties count half: {of_100(ties)} of 100 pairs tie."
 
@@ -98,13 +98,13 @@ def _best_of_n(run: Run, main: ReportedPolicy, win: Figure) -> Iterator[str]:
     drawing = f"Drawing {run.n} and keeping the best would win {of_100(best.value)} of 100"
     recovered = main.number("recovered")
     if best.low <= 0.5:
-        yield f"{drawing}, which cannot be told from even: the reward has little to choose by."
+        yield f"{drawing}, not clearly more than 50: the reward has little to choose by."
     elif recovered is None:
         yield f"{drawing}."
     elif win.high < 0.5:
         yield f"{drawing}; the model has none of that gain."
     elif win.low <= 0.5:
-        yield f"{drawing}; that the model has any of that gain cannot be told."
+        yield f"{drawing}; it is not clear that the model has any of that gain."
     elif recovered > 1:
         yield (
             f"{drawing}: the model’s gain is {whole_share(recovered)} of that, at the cost of one "
@@ -130,8 +130,8 @@ def _distance(main: ReportedPolicy, win: Figure) -> Iterator[str]:
         yield f"{moved}."
     elif efficiency <= 1:
         yield (
-            f"{moved}; the least that any method which goes by the reward’s ranks needs for this "
-            f"win rate is {number(efficiency * kl, 2)} (efficiency {number(efficiency, 2)})."
+            f"{moved}; the least that any method based on the reward’s ranks needs for this win "
+            f"rate is {number(efficiency * kl, 2)} (efficiency {number(efficiency, 2)})."
         )
     else:
         yield (
@@ -148,7 +148,7 @@ def _length(main: ReportedPolicy, win: Figure) -> Iterator[str]:
         if change.low <= 0 <= change.high:
             tail = f" ({number(change.value, 1, signed=True)} tokens"
             tail += f", 95% interval {interval})" if interval else ")"
-            yield f"No difference in length from the base model’s answers can be told{tail}."
+            yield f"There is no clear difference in length from the base model’s answers{tail}."
         else:
             comparison = "longer" if change.value > 0 else "shorter"
             yield (
@@ -168,12 +168,12 @@ def _length(main: ReportedPolicy, win: Figure) -> Iterator[str]:
 def _further(run: Run, main: ReportedPolicy, win: Figure) -> Iterator[str]:
     if not main.further:
         yield (
-            "No further reward was measured, so nothing here shows whether the model has learned "
-            "to please its reward alone (evaluation.rewards adds one)."
+            "No further reward was measured, so nothing here shows whether the model has only "
+            "learned to please its own reward (evaluation.rewards adds one)."
         )
     for name, gold in main.further.items():
         yield (
-            f"A reward never trained on ({name}) says {of_100(gold.value)} of 100"
+            f"By a reward never trained on ({name}) the model wins {of_100(gold.value)} of 100"
             f"{in_brackets(gold, 'points')}"
             f"{_over_optimisation(run, name, win, gold, main.figure('win_rate_loss_by', name))}"
         )
@@ -181,20 +181,20 @@ def _further(run: Run, main: ReportedPolicy, win: Figure) -> Iterator[str]:
 
 def _over_optimisation(run: Run, name: str, win: Figure, gold: Figure, loss: Figure | None) -> str:
     if gold.high < 0.5:
-        worse = ": by it the model is worse than the base model"
+        worse = ": by that reward the model is worse than the base model"
         return f"{worse}, so its reward is over-optimised." if win.low > 0.5 else f"{worse}."
     if win.low <= 0.5:
         return "."
     if gold.low <= 0.5:
-        return ": no gain can be told there, so the model may please its reward alone."
+        return ": no clear gain there, so the model may only have learned to please its own reward."
     if gold.value >= win.value:
         return ": no less than by the reward trained on."
     if loss is None and gold.high >= win.low:
         apart = number(100 * abs(win.value - gold.value), 1)
-        return f": {apart} of 100 apart, which the two intervals alone cannot tell from error."
+        return f": {apart} of 100 apart, which by the two intervals alone may be sampling error."
     if loss is not None and loss.low <= 0:
         lost = f"{number(100 * loss.value, 1, signed=True)} of 100"
-        return f": no loss can be told there ({lost}{in_brackets(loss, 'points', True)})."
+        return f": no clear loss there ({lost}{in_brackets(loss, 'points', True)})."
     return f": the gain shrinks by {_shrinkage(win, gold)} there{_own_shrinkage(run, name)}."
 
 
@@ -203,7 +203,7 @@ def _shrinkage(win: Figure, gold: Figure) -> str:
 
 
 def _own_shrinkage(run: Run, name: str) -> str:
-    """What best-of-n itself loses between the rewards: the rewards' disagreement."""
+    """Return best-of-n's own loss between the rewards, which measures how they disagree."""
     best = run.best_of_n
     win, gold = (best.figure("win_rate"), best.further.get(name)) if best else (None, None)
     if win is None or gold is None or win.low <= 0.5:
@@ -222,12 +222,9 @@ def _judge(main: ReportedPolicy) -> Iterator[str]:
     left = f" ({number(unread)} of {number(asked)} had no readable verdict)" if unread else ""
     judged = main.figure("judge", "win_rate")
     if judged is None:
-        yield (
-            f"A judge model was asked about {number(asked)} pairs and gave no verdict that can be "
-            "read."
-        )
+        yield (f"A judge model was asked about {number(asked)} pairs and gave no readable verdict.")
         return
-    doubt = ": no difference can be told" if judged.low <= 0.5 <= judged.high else ""
+    doubt = ": no clear difference" if judged.low <= 0.5 <= judged.high else ""
     yield (
         f"By the verdicts of a judge model on {number(asked - unread)} pairs{left} it wins "
         f"{of_100(judged.value)} of 100{in_brackets(judged, 'points')}{doubt}."
@@ -240,12 +237,12 @@ def _forgetting(main: ReportedPolicy) -> Iterator[str]:
         return
     if loss.low > 0:
         yield (
-            f"Human text costs it {shown(loss, '').value} nats a token more than the base model"
-            f"{in_brackets(loss, '')}: some of what the base model knew is forgotten."
+            f"Its loss on human text is {shown(loss, '').value} nats a token higher than the base "
+            f"model’s{in_brackets(loss, '')}: some of what the base model knew is forgotten."
         )
     else:
         yield (
-            f"Nothing forgotten shows on human text ({shown(loss, '', signed=True).value} nats a "
+            f"No forgetting shows on human text ({shown(loss, '', signed=True).value} nats a "
             "token)."
         )
 
@@ -255,15 +252,15 @@ def _warnings(run: Run) -> Iterator[str]:
     if seen:
         yield (
             f"Caution: {number(seen)} of the {number(run.evaluation.get('prompts'))} prompts were "
-            "trained on too, which flatters a trained model."
+            "also trained on, which makes trained models look better."
         )
     if left_out := run.evaluation.get("prompts_left_out"):
         yield (
             f"Caution: {number(left_out)} prompts were too long for at least one of the models and "
-            "are left out."
+            "were left out."
         )
     if (prompts := run.evaluation.get("prompts") or 0) and prompts < _FEW:
         yield (
-            f"Caution: {number(prompts)} prompts are too few to decide by, whatever the intervals "
-            "say."
+            f"Caution: {number(prompts)} prompts are too few for a decision, whatever the "
+            "intervals say."
         )

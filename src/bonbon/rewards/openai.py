@@ -93,7 +93,7 @@ class OpenAIReward:
 
     @cached_property
     def _has_template(self) -> bool:
-        """Whether the served model accepts conversations, tested by one request."""
+        """True if the served model accepts conversations; one request tests it."""
         body = {"messages": _conversation("Hello", "Hello")}
         try:
             self._server.ask_all([self._request("the reward of a first conversation", body)])

@@ -1,7 +1,7 @@
-"""A causal classifier's scores of rows that begin alike: their common beginning is read once.
+"""Scores of a causal classifier where rows share a beginning that is read only once.
 
-A causal model's state behind a row's last token needs of the beginning only its keys and values,
-and these are the same for all rows that share it.
+In a causal model the later tokens of a row need only the keys and values of the beginning, which
+are the same for all rows that share it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from transformers.cache_utils import DynamicLayer
 from bonbon.models.forward import cache_parameter, supports_cached_prompt
 from bonbon.models.padding import Tokens, pad, positions, token_batches
 
-# On a CPU a row in a batch counts this share of the prefix that is copied for it, since copying is
-# cheap; elsewhere all of it, as memory is what runs out.
+# A row's copy of the prefix counts against the batch's tokens: 1/8 of it on a CPU, where copying is
+# cheap, and all of it elsewhere, where memory is the limit.
 _CPU_COPY_SHARE = 8
 _AGREED: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """The first `length` tokens of all these rows (their indices) are the same."""
+    """The common first `length` tokens of some rows, given by their indices."""
 
     rows: tuple[int, ...]
     length: int
@@ -37,10 +37,10 @@ class Beginning:
 def shared_beginnings(
     prompts: Sequence[Any], rows: Sequence[Tokens], pad_id: int
 ) -> list[Beginning]:
-    """The beginnings of neighbouring rows of equal prompts that are worth reading once.
+    """Return the beginnings of neighbouring rows with equal prompts that are worth sharing.
 
-    Those that save a quarter of the tokens, as in training. What follows a beginning has a token
-    that is not `pad_id`, since there the model looks for a row's end.
+    Those that save a quarter of the tokens, as in training. A token other than `pad_id` follows
+    each beginning, since the model takes the last such token as the row's end.
     """
     beginnings, start = [], 0
     for _, same in groupby(prompts):
@@ -54,20 +54,20 @@ def shared_beginnings(
 
 
 def _alike(rows: Sequence[Tokens]) -> int:
-    """How many first tokens all rows have in common."""
+    """Return how many first tokens all rows have in common."""
     columns = enumerate(zip(*rows, strict=False))
     return next((i for i, column in columns if len(set(column)) > 1), min(map(len, rows)))
 
 
 def _last_token(row: Tokens, pad_id: int) -> int:
-    """The last column that is not padding; 0 where all are."""
+    """Return the last column that is not padding; 0 if all are."""
     return next((i for i in range(len(row) - 1, 0, -1) if row[i] != pad_id), 0)
 
 
 def reads_beginnings_once(model: PreTrainedModel) -> bool:
-    """Whether a classifier is causal and keeps nothing but keys and values, of all columns.
+    """Return whether a classifier is causal, with a cache of only keys and values of all columns.
 
-    What configurations say of it is not to be relied on, so it is tried once on a few tokens.
+    Configurations are not reliable here, so it is also tried once on a few tokens.
     """
     config = model.config.get_text_config()
     if model.config.is_encoder_decoder or not getattr(config, "is_causal", True):
@@ -82,7 +82,7 @@ def reads_beginnings_once(model: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def _agrees(model: PreTrainedModel) -> bool:
-    """Whether two short rows score the same with their beginning read once and without."""
+    """Return whether two short rows have equal scores with and without a shared beginning."""
     pad_id = model.config.pad_token_id
     tokens = [i for i in range(min(8, model.config.get_text_config().vocab_size)) if i != pad_id]
     rows = [(*tokens[:3], *tokens[3:5]), (*tokens[:3], tokens[-1])]
@@ -90,7 +90,7 @@ def _agrees(model: PreTrainedModel) -> bool:
         alone = [torch.tensor([row], device=model.device) for row in rows]
         plain = [float(model(input_ids=ids).logits) for ids in alone]
         shared = _scores(model, rows, [Beginning((0, 1), 3)], -1 if pad_id is None else pad_id, 64)
-    except Exception:  # a model's own code, of which nothing is known
+    except Exception:  # the model's own code may raise anything
         return False
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 2e-2
     size = 1 + max(map(abs, plain))
@@ -104,9 +104,9 @@ def scores_by_beginnings(
     pad_id: int,
     max_tokens: int,
 ) -> dict[int, float]:
-    """The score of each row of the beginnings, by its index.
+    """Return the score of each row of the beginnings, by its index.
 
-    At most `max_tokens` padded tokens are read at once, of beginnings or of what follows them.
+    At most `max_tokens` padded tokens, of beginnings or of their continuations, are read at once.
     """
     scores: dict[int, float] = {}
     lengths = [beginning.length for beginning in beginnings]
@@ -152,7 +152,7 @@ def _forward(
     mask: torch.Tensor,
     position: torch.Tensor,
 ) -> torch.Tensor:
-    """The logits at each row's last token that is not padding, (rows, 1)."""
+    """Return the logits at each row's last token that is not padding, (rows, 1)."""
     with_cache = {str(cache_parameter(model)): cache, "use_cache": True}
     logits: torch.Tensor = model(
         input_ids=ids, attention_mask=mask, position_ids=position, **with_cache
@@ -161,7 +161,7 @@ def _forward(
 
 
 def _selected(cache: DynamicCache, lines: torch.Tensor) -> DynamicCache:
-    """A copy with these lines; the cache stays as it is."""
+    """Return a copy with these lines; the cache is unchanged."""
     selected = copy.copy(cache)
     selected.layers = [copy.copy(layer) for layer in cache.layers]
     selected.batch_select_indices(lines)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cost:
-    """What answers cost; costs add up.
+    """The cost of answers; costs can be added.
 
     `generated`: tokens drawn from the policy, those of rejected candidates included. `prefilled`:
     prompt tokens it read, each once where a prompt's cache serves several rows. `reward_calls`:
@@ -40,14 +40,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Completions of one prompt and what they cost so far."""
+    """Completions of one prompt and their cost so far."""
 
     group: Group
     cost: Cost
 
 
 def timed(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
-    """What a function returns, and the seconds it took."""
+    """Call a function; return its result and the seconds it took."""
     began = time.perf_counter()
     result = function(*args, **kwargs)
     return result, time.perf_counter() - began

@@ -52,7 +52,7 @@ _LARGEST_LOGPROB = 1e-3  # nats; 0 but for rounding
 
 @dataclass(frozen=True)
 class Terms:
-    """How requests to a server are built.
+    """The settings of requests to a server.
 
     The model's name, the kind of server (`owner`), the fields of every request, the longest prompt
     and completion together in tokens, whether the server takes and returns token ids, and the most
@@ -163,7 +163,7 @@ class OpenAISampler:
 
     @cached_property
     def terms(self) -> Terms:
-        """How requests are built; asked of the server once. Raises BonbonError if that fails."""
+        """The settings of requests; the server is asked once. Raises BonbonError if that fails."""
         offer = self._server.offer()
         model = self.settings.model or _only(offer.models, self.settings.base_url)
         takes_ids = offer.owner in _TAKE_IDS

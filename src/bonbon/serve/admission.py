@@ -1,4 +1,4 @@
-"""Which jobs run, which wait, and which are turned away."""
+"""Admission control: which jobs run, which wait, and which are refused."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bonbon.serve.backend import BackendError
 # A place in the queue; done when the job may run.
 Ticket = asyncio.Future[None]
 
-_RECENT = 32  # jobs that the time of the next ones is told from
-_FIRST_GUESS = 1.0  # seconds a job, before there was one
+_RECENT = 32  # finished jobs from which the waiting time is estimated
+_FIRST_GUESS = 1.0  # seconds a job, before the first one is finished
 
 
 class Admission:
-    """At most `concurrency` jobs run and `queue` wait, first come, first served.
+    """A first-come, first-served queue: at most `concurrency` jobs run and `queue` jobs wait.
 
     Belongs to one event loop.
     """
@@ -30,7 +30,7 @@ class Admission:
         self.concurrency = concurrency
         self.queue = queue
         self.stopping = False
-        self._running: dict[Ticket, float] = {}  # since when
+        self._running: dict[Ticket, float] = {}  # start times
         self._waiting: deque[Ticket] = deque()
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
@@ -46,9 +46,9 @@ class Admission:
 
     @contextmanager
     def tickets(self, jobs: int) -> Iterator[list[Ticket]]:
-        """A ticket for each job of a request, or BackendError: all of them come in or none.
+        """Yield one ticket a job for the jobs of a request, and give all back at the end.
 
-        All are given back at the end.
+        Raises BackendError, and admits no job, when there is no room for all of them.
         """
         self._check_room(jobs)
         mine = [self._join() for _ in range(jobs)]
@@ -59,13 +59,13 @@ class Admission:
                 self.leave(ticket)
 
     async def turn(self, ticket: Ticket) -> None:
-        """Wait until the job may run. Raises BackendError when the server stops before."""
+        """Wait until the job may run. Raises BackendError if the server stops first."""
         await ticket
         if ticket not in self._running:
             raise stopping()
 
     def leave(self, ticket: Ticket) -> None:
-        """Give a ticket back, in whatever state it is; the next job's turn comes."""
+        """Give a ticket back, whatever its state, and start the next job."""
         since = self._running.pop(ticket, None)
         if since is not None:
             self._recent.append(time.monotonic() - since)
@@ -75,19 +75,19 @@ class Admission:
             self._start(self._waiting.popleft())
 
     def stop(self) -> None:
-        """Turn away what waits and whatever comes; what runs goes on."""
+        """Refuse waiting and new jobs; running jobs continue."""
         self.stopping = True
         while self._waiting:
             _settle(self._waiting.popleft())
 
     def retry_after(self) -> float:
-        """Seconds until a job that comes now would have its turn, at least 1."""
+        """Estimate the seconds until a job that arrives now could start, at least 1."""
         recent = self._recent or (_FIRST_GUESS,)
         mean = math.fsum(recent) / len(recent)
         return max(1.0, mean * (self.waiting + 1) / self.concurrency)
 
     def check_size(self, jobs: int) -> None:
-        """Raise BackendError for a request of more jobs than could ever come in."""
+        """Raise BackendError for a request of more jobs than could ever be admitted."""
         if jobs > self.concurrency + self.queue:
             raise bad_request(
                 f"at most {self.concurrency + self.queue} prompts a request; send them in several",

@@ -1,4 +1,4 @@
-"""What the backends share: errors, a job's random streams, its reward and its answer."""
+"""Parts that the backends share: errors, random streams, guarded rewards, answers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LONGEST_MESSAGE = 1000  # characters
-_TURN_SECONDS = 0.2  # between looks at whether a reward's turn is still wanted
+_TURN_SECONDS = 0.2  # between checks of whether anyone still waits for the reward
 
 
 def bad_request(message: str, code: str | None = None, param: str | None = None) -> BackendError:
-    """The error of a request that would fail again."""
+    """Return the error of a request that would fail again if repeated."""
     message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}…"
     return BackendError(message, 400, "invalid_request_error", code, param)
 
 
 def out_of_time(message: str = "there was no answer within the request's time") -> BackendError:
-    """The error of a job whose deadline has passed."""
+    """Return the error of a job whose deadline has passed."""
     return BackendError(message, 504, "timeout_error", "timeout")
 
 
@@ -49,10 +49,10 @@ def check_reward(job: AnswerJob, reward: Reward | None) -> None:
 
 
 def stream_id(job: AnswerJob, server_secret: str) -> str:
-    """The prompt id that keys a job's random streams; their seed is the same for all jobs.
+    """Return the prompt id that keys a job's random streams; all jobs share one stream seed.
 
-    The same seed and prompt have the same id. A job without a seed has one of its own, which
-    nobody knows who does not know this server's secret.
+    Jobs with the same seed and prompt get the same id. A job without a seed gets an id of its own,
+    which cannot be guessed without this server's secret.
     """
     name = [job.sampling.seed, job.prompt] if job.seeded else [server_secret, job.request_id]
     text = json.dumps(name, sort_keys=True).encode()
@@ -60,9 +60,10 @@ def stream_id(job: AnswerJob, server_secret: str) -> str:
 
 
 def user_code_error(what: str, error: Exception) -> BackendError:
-    """The error of code of the server's own: for clients and the log without what it says.
+    """Return the error of a failure in the operator's own code, without the exception's message.
 
-    An exception's text may hold prompts and keys; the log names its kind and where it was raised.
+    The message may hold prompts and keys, so clients and the log get only the exception's class;
+    the log also names the line that raised it.
     """
     cause = error.__cause__ or error
     frames = traceback.extract_tb(cause.__traceback__)
@@ -72,7 +73,7 @@ def user_code_error(what: str, error: Exception) -> BackendError:
 
 
 def strategy_error(error: Exception) -> BackendError:
-    """The error of a strategy that raised: the request's, or the server's own code's."""
+    """Return the error of a strategy that raised: the request's fault, or the server's code's."""
     if isinstance(error, BackendError):
         return error
     if isinstance(error, BonbonError) and not isinstance(error, UserCodeError):
@@ -82,10 +83,11 @@ def strategy_error(error: Exception) -> BackendError:
 
 @dataclass(frozen=True)
 class GuardedReward:
-    """A reward as jobs call it: one call at a time, since users' functions need not be thread-safe.
+    """A reward that is called one call at a time, since users' functions may not be thread-safe.
 
-    Raises BackendError (500) where the reward fails or is not finite, so that every BonbonError of
-    a strategy is about the request; and when `stopped` says that nobody waits for it any more.
+    Raises BackendError (500) if the reward fails or is not finite, so that every BonbonError of a
+    strategy is about the request. Raises BackendError (504) once `stopped` returns True: nobody
+    waits for the reward any more.
     """
 
     reward: Reward
@@ -124,7 +126,10 @@ def answer_of(
     logprobs: Callable[[int], tuple[TokenLogprob, ...]] | None,
     failed: int = 0,
 ) -> Answer:
-    """The best `job.choices` of a generation; `logprobs` gives those of a candidate's tokens."""
+    """Return the best `job.choices` candidates of a generation as an answer.
+
+    `logprobs` maps a candidate's index to the log-probabilities of its tokens.
+    """
     group = generation.group
     choices = tuple(
         Choice(

@@ -1,6 +1,6 @@
 """The routes of `bonbon serve`.
 
-An OpenAI-compatible server whose every answer is the best of several candidates:
+An OpenAI-compatible server that answers with the best of several candidates:
 
     POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /v1/models/{model},
     GET /health, GET /metrics
@@ -44,18 +44,18 @@ _log = logging.getLogger(__name__)
 def create_service(
     config: ServeConfig, backend: Backend, passthrough: frozenset[str] = frozenset()
 ) -> Service:
-    """What the routes share."""
+    """Create the state that the routes share."""
     admission = Admission(config.concurrency, config.queue)
     metrics = create_metrics(admission)
     return Service(config, backend, passthrough, admission, metrics, int(time.time()))
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application; its backend must have been started.
+    """Create the application; its backend must have been started.
 
     Raises BonbonError when the key cannot be used.
     """
-    # Its documentation pages would load scripts from elsewhere.
+    # FastAPI's documentation pages would load scripts from other hosts.
     app = FastAPI(
         title="bonbon serve",
         version=installed_version(),
@@ -90,19 +90,19 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         responses={200: {"model": ChatCompletion}, **errors(*GENERATION)},
     )
     async def chat_completions(request: Request) -> Response:
-        """The next message of a chat: the best of `best_of` candidates.
+        """Create the next message of a chat: the best of `best_of` candidates.
 
-        Which one that is is known when all are there: with `stream`, its pieces come then, and
-        comments until then. `usage` counts the tokens of all candidates. At temperature 0 there are
-        no more candidates than choices.
+        The best is known only when all candidates are drawn. With `stream`, comments are sent until
+        then, and the pieces after that. `usage` counts the tokens of all candidates. At temperature
+        0 there are no more candidates than choices.
         """
         return await respond(service, request, CHAT)
 
     @app.post("/v1/completions", responses={200: {"model": Completion}, **errors(*GENERATION)})
     async def completions(request: Request) -> Response:
-        """The continuation of each prompt: the best of `best_of` candidates.
+        """Create the continuation of each prompt: the best of `best_of` candidates.
 
-        Each prompt is a job of its own; all succeed, or the request fails. For the rest see the
+        Each prompt is a job of its own; if one fails, the request fails. Everything else is as in
         chats.
         """
         return await respond(service, request, COMPLETIONS)
@@ -114,7 +114,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses={200: {"model": ModelList}, **errors(500, 502, 503, 504)})
     async def list_models() -> Response:
-        """The names that `model` may have, the default first."""
+        """List the names that `model` may have, the default first."""
         async with in_time(time.monotonic() + service.config.deadline):
             models = [described(name) for name in await service.backend.models()]
         return json_response(ModelList(data=models).model_dump())
@@ -124,7 +124,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         responses={200: {"model": ModelObject}, **errors(404, 500, 502, 503, 504)},
     )
     async def get_model(model: str) -> Response:
-        """One model."""
+        """Return one model."""
         async with in_time(time.monotonic() + service.config.deadline):
             name = await known_model(service, model)
         return json_response(described(name).model_dump())
@@ -133,13 +133,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_state(app: FastAPI, service: Service) -> None:
     @app.get("/health", responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> Response:
-        """Whether a request has a chance now; needs no key."""
+        """Tell whether the server can answer requests now; needs no key."""
         status = await health_of(service)
         return json_response(Health(status=status).model_dump(), 200 if status == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """Figures in Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         text = generate_latest(service.metrics.registry)
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -1,4 +1,4 @@
-"""What stands behind the server: something that turns a job into an answer."""
+"""The interface between the server and what answers its jobs: a model or an upstream server."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bonbon.sampling.cost import Cost
 
 @dataclass(frozen=True)
 class AnswerJob:
-    """One request: a prompt, how candidates are drawn, and how one is chosen.
+    """A prompt to answer, how candidates are drawn, and how one is chosen.
 
     `sampling.n` candidates are drawn and the best `choices` of them returned. `logprobs` is None,
     or the number of most likely tokens to list beside each returned token (0: the token alone).
-    `deadline` is a time of `time.monotonic()`. `seeded`: the client gave `sampling.seed`, and asks
-    for the same answer to the same request.
+    `deadline` is a time of `time.monotonic()`. `seeded`: the client set `sampling.seed`, and
+    expects the same answer to the same request.
     """
 
     request_id: str
@@ -56,7 +56,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
-    """The returned choices, best first, and what they cost, rejected candidates included.
+    """The returned choices, best first, and their cost, rejected candidates included.
 
     `prompt_tokens` is the prompt's length, counted once. `failed` candidates never arrived.
     """
@@ -69,7 +69,7 @@ class Answer:
 
 
 class BackendError(Exception):
-    """A request that gets an error object in place of an answer.
+    """An error that the client gets in place of an answer.
 
     `status` is the HTTP status, `kind` OpenAI's `type`, `code` its `code`; `retry_after` seconds
     are sent as Retry-After.
@@ -94,24 +94,24 @@ class BackendError(Exception):
 
 
 class Backend(Protocol):
-    """A local model or an upstream server."""
+    """A local model or an upstream server that answers jobs."""
 
     async def start(self) -> None:
-        """Get ready; raises BonbonError when that is impossible."""
+        """Prepare to answer. Raises BonbonError when that is impossible."""
         ...
 
     async def models(self) -> tuple[str, ...]:
-        """The names that a request's `model` may have, the default first."""
+        """Return the names that a request's `model` may have, the default first."""
         ...
 
     async def answer(self, job: AnswerJob) -> Answer:
-        """Do a job. Cancelling the task cancels the work. Raises BackendError."""
+        """Answer a job. Cancelling the task cancels the work. Raises BackendError."""
         ...
 
     async def healthy(self) -> bool:
-        """Whether a job has a chance now."""
+        """Return whether jobs can be answered now."""
         ...
 
     async def close(self) -> None:
-        """Stop what runs and give everything back."""
+        """Stop running jobs and release all resources."""
         ...

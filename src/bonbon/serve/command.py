@@ -1,4 +1,4 @@
-"""What `bonbon serve` puts together: a backend, a reward, and the server in front of them."""
+"""The `bonbon serve` command: builds a backend and a reward, and runs the server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bonbon.serve.config import ServeConfig
 from bonbon.serve.upstream.client import UpstreamConfig
 from bonbon.system.errors import BonbonError
 
-# What an upstream does about a completion and we have no part in.
+# Fields that only the upstream acts on.
 PASSED_ON = frozenset(
     {
         "chat_template_kwargs", "frequency_penalty", "logit_bias", "min_p", "presence_penalty",
@@ -29,21 +29,23 @@ PASSED_ON = frozenset(
 
 
 class ServeSettings(ServeConfig):
-    """Everything that defines a server: the listening side, and what stands behind it."""
+    """The settings of a server: how it listens, and its model, upstream and reward."""
 
     model: ModelConfig | None = Field(None, description="a model to load into this process")
     upstream: UpstreamConfig | None = Field(None, description="or a server to draw from")
-    reward: RewardConfig | None = Field(None, description="None: for strategies that only vote")
+    reward: RewardConfig | None = Field(None, description="None: only for strategies that vote")
     served_model_name: str | None = Field(
-        None, min_length=1, description="what requests call a loaded model; None: its folder's name"
+        None,
+        min_length=1,
+        description="the name of a loaded model in requests; None: its folder's name",
     )
 
     @model_validator(mode="after")
     def _one_backend(self) -> Self:
         if (self.model is None) == (self.upstream is None):
             raise ValueError(
-                "a server stands in front of exactly one of a `model` and an `upstream`; name it "
-                "with --model or --upstream"
+                "a server needs exactly one of a `model` and an `upstream`; name it with --model "
+                "or --upstream"
             )
         if self.upstream is not None and self.strategy.stepwise:
             raise ValueError(
@@ -57,7 +59,7 @@ class ServeSettings(ServeConfig):
 def parse_serve_settings(
     values: Any, overrides: Sequence[str] = (), source: str = "the command line"
 ) -> ServeSettings:
-    """Checked settings; what belongs to the rest of a run (`train` and so on) is passed over.
+    """Return checked settings; sections that only a run has (`train` and so on) are ignored.
 
     Raises BonbonError naming the wrong key or value and what was expected.
     """
@@ -68,9 +70,9 @@ def parse_serve_settings(
 
 
 def serve(settings: ServeSettings) -> None:
-    """Load what stands behind the server, and run it until a signal stops it.
+    """Load the backend and the reward, and run the server until a signal stops it.
 
-    Raises BonbonError when something cannot be loaded, or as `run.serve` does.
+    Raises BonbonError when something cannot be loaded, and in the cases of `run.serve`.
     """
     try:
         from bonbon.serve import run
@@ -81,7 +83,7 @@ def serve(settings: ServeSettings) -> None:
     from bonbon.rewards.from_config import build_reward
     from bonbon.serve.config import api_key
 
-    api_key(settings)  # or a wrong one would be noticed once everything is loaded
+    api_key(settings)  # checked first: loading takes long
     reward = None if settings.reward is None else build_reward(settings.reward)
     if settings.upstream is not None:
         from bonbon.serve.upstream.backend import UpstreamBackend

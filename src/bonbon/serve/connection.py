@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 async def read_json_body(request: Request, most: int, seconds: float) -> Any:
-    """A body of at most `most` bytes that comes within `seconds`, as plain values.
+    """Read a JSON body of at most `most` bytes within `seconds`, as plain values.
 
-    Raises BackendError for a body that is longer (of which no more is kept), slower, of another
-    type, or no JSON: NaN, infinities, half surrogate pairs and nesting of 200 levels are not.
+    Raises BackendError for a body that is longer (the rest is not kept), slower, of another media
+    type, or not JSON. NaN, infinities, half surrogate pairs and nesting of 200 levels are not JSON.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # Also keeps out web pages, which may send other types to any address without being asked.
+    # Also refuses web pages: browsers let them send other types to any address without a preflight.
     if media_type != "application/json":
         raise BackendError(
             "the body must be JSON, with the header Content-Type: application/json",
@@ -36,7 +36,7 @@ async def read_json_body(request: Request, most: int, seconds: float) -> Any:
     try:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise bad_request(f"the body is no JSON: {error}", "invalid_json") from error
+        raise bad_request(f"the body is not JSON: {error}", "invalid_json") from error
 
 
 async def _read(request: Request, most: int, seconds: float) -> bytes:
@@ -65,10 +65,10 @@ def _too_large(most: int) -> BackendError:
 
 
 async def while_wanted(work: Coroutine[Any, Any, T], receive: Receive, aborted: asyncio.Event) -> T:
-    """What `work` brings; it is cancelled when the client goes or the server gives up.
+    """Return the result of `work`; cancel it when the client disconnects or the server aborts.
 
-    Raises BackendError in these cases. The body must have been read. Returns or raises only when
-    `work` is over.
+    Raises BackendError in these two cases. The body must have been read before. Returns or raises
+    only when `work` has ended.
     """
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(work),

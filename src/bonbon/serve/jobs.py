@@ -1,4 +1,4 @@
-"""From a request to the jobs it asks for."""
+"""Conversion of a request into jobs, one for each prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bonbon.serve.api.requests import ChatRequest, CompletionRequest, Generation
 from bonbon.serve.backend import AnswerJob
 from bonbon.serve.config import ServeConfig
 
-# Below this a softmax in float32 is the most likely token alone, or overflows.
+# Below this a float32 softmax puts all mass on the most likely token, or overflows.
 _COLDEST = 1e-5
 
 
@@ -26,7 +26,7 @@ def jobs_of(
     deadline: float,
     extra: dict[str, Any],
 ) -> list[AnswerJob]:
-    """A job for each of a request's prompts.
+    """Return a job for each of a request's prompts.
 
     Raises BackendError for more than the configuration allows, and for an unknown strategy.
     """
@@ -54,7 +54,7 @@ def jobs_of(
 
 
 def prompts_of(request: GenerationRequest) -> list[Prompt]:
-    """A chat's messages, or the texts to continue."""
+    """Return the prompts of a request: one list of messages, or the texts to continue."""
     if isinstance(request, ChatRequest):
         return [[_message(message) for message in request.messages]]
     assert isinstance(request, CompletionRequest)
@@ -62,10 +62,9 @@ def prompts_of(request: GenerationRequest) -> list[Prompt]:
 
 
 def sampling_of(request: GenerationRequest, config: ServeConfig) -> SamplingConfig:
-    """The server's sampling settings with the request's own in their place.
+    """Return the server's sampling settings, replaced by the request's where it sets them.
 
-    The most likely completion is always the same, so at temperature 0 there are as many candidates
-    as choices.
+    At temperature 0 all candidates are equal, so only as many as choices are drawn.
     """
     n = request.best_of or max(config.sampling.n, request.choices)
     max_tokens = _max_tokens(request) or config.sampling.max_new_tokens
@@ -96,10 +95,10 @@ def _max_tokens(request: GenerationRequest) -> int | None:
 
 
 def _strategy(request: GenerationRequest, config: ServeConfig) -> Strategy:
-    """The request's strategy; one of the server's own kind keeps the settings it does not name.
+    """Return the request's strategy; settings it leaves out come from a server default of its kind.
 
-    What names code or models to load is the server's to choose: a request that could would run any
-    function of any module.
+    Requests may not change settings that name code or models to load: they could run any function
+    of any module.
     """
     if request.strategy is None:
         return config.strategy

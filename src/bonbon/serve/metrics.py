@@ -1,4 +1,4 @@
-"""What `/metrics` shows, in Prometheus' text format."""
+"""The metrics of `/metrics`, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _REWARDS = (-10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10)
 
 @dataclass(frozen=True)
 class Metrics:
-    """The server's figures; their names and what they count are in `create_metrics`."""
+    """The server's metrics; `create_metrics` has their names and meanings."""
 
     registry: CollectorRegistry
     requests: Counter
@@ -27,14 +27,14 @@ class Metrics:
     reward: Histogram
 
     def count_request(self, route: str, status: int, seconds: float) -> None:
-        """Count a request that is over."""
+        """Count a finished request."""
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
         if status == 429:
             self.rejected.inc()
 
     def count_answer(self, answer: Answer) -> None:
-        """Count what a job cost and how good its answer is."""
+        """Count a job's cost and observe its answer's reward."""
         self.generated.inc(answer.cost.generated)
         self.drawn.inc(answer.generation.group.n)
         self.failed.inc(answer.failed)
@@ -43,7 +43,7 @@ class Metrics:
 
 
 def create_metrics(admission: Admission) -> Metrics:
-    """Figures in a registry of their own."""
+    """Create the metrics in a registry of their own."""
     registry = CollectorRegistry()
     waiting = Gauge("bonbon_queue_length", "Jobs that wait", registry=registry)
     waiting.set_function(lambda: admission.waiting)
@@ -59,7 +59,7 @@ def create_metrics(admission: Admission) -> Metrics:
             buckets=_SECONDS,
             registry=registry,
         ),
-        Counter("bonbon_rejected", "Requests turned away for a full queue", registry=registry),
+        Counter("bonbon_rejected", "Requests refused by a full queue", registry=registry),
         Counter(
             "bonbon_tokens_generated",
             "Tokens drawn, those of rejected candidates included",

@@ -1,4 +1,4 @@
-"""What is around every route: the access log, the figures, a net for exceptions, who gets in."""
+"""Middleware of every route: access log, metrics, unexpected exceptions, and access checks."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from bonbon.serve.api.errors import (
 _log = logging.getLogger(__name__)
 
 _OPEN = ("/health",)
-_OTHER = "other"  # no route: clients must not be able to make up labels
+_OTHER = "other"  # label of unknown routes, so that clients cannot create labels
 
 
 def observed(app: ASGIApp, count: Callable[[str, int, float], Any]) -> ASGIApp:
-    """Names, counts and logs each request, and answers for exceptions that nobody caught.
+    """Give each request an id, count and log it, and answer uncaught exceptions with an error.
 
-    The log has no query, which may hold a key, and no body.
+    The log omits the query, which may hold a key, and the body.
     """
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,10 +68,10 @@ def _route(scope: Scope) -> str:
 
 
 def named_locally(app: ASGIApp) -> ASGIApp:
-    """Lets in only what asks for this machine by its own name.
+    """Accept only requests whose Host header names this machine.
 
-    A page in this machine's browser may call any name of its own and have that name lead here (DNS
-    rebinding); without a key the name is what gives it away.
+    This prevents DNS rebinding: a web page can make a host name of its own resolve to this machine,
+    and without a key only the Host header reveals it.
     """
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,14 +84,14 @@ def named_locally(app: ASGIApp) -> ASGIApp:
 
 
 def _host(scope: Scope) -> str:
-    """The Host header without its port and brackets."""
+    """Return the Host header without its port and brackets."""
     name = Headers(scope=scope).get("host", "")
     host, _, port = name.rpartition(":")
     return (host if host and port.isdecimal() else name).strip("[]").lower()
 
 
 def authorised(app: ASGIApp, key: str) -> ASGIApp:
-    """Lets nobody in without the key, but to `/health`."""
+    """Refuse requests without the key, except for `/health`."""
     expected = key.encode()
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Running the server until a signal stops it."""
+"""Runs the server until a signal stops it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bonbon.system.errors import BonbonError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048
-_TICK = 0.05  # seconds between looks at what still runs
+_TICK = 0.05  # seconds between checks of what still runs
 _LAST_WORDS = 5  # seconds in which answers that are ready can be sent
 
 
@@ -31,13 +31,14 @@ def serve(
     backend_factory: Callable[[], Backend],
     passthrough: frozenset[str] = frozenset(),
 ) -> None:
-    """Run the server; returns after SIGINT (Ctrl-C) or SIGTERM.
+    """Run the server; return after SIGINT (Ctrl-C) or SIGTERM.
 
-    `backend_factory` is called in the event loop. On a signal, what waits and whatever comes gets a
-    503, what runs has `config.grace` seconds, and the backend is closed; a second Ctrl-C hurries.
+    `backend_factory` is called in the event loop. After a signal, waiting and new requests get a
+    503, running jobs have `config.grace` seconds to finish, and the backend is closed. A second
+    Ctrl-C skips the wait.
 
-    Raises BonbonError when there is no key where one is needed, when the address is taken, or when
-    the backend cannot start.
+    Raises BonbonError when a key is needed and missing, when the address is in use, or when the
+    backend cannot start.
     """
     api_key(config)
     _log_to_stderr()
@@ -59,7 +60,7 @@ async def _serve(
 
 
 class GracefulServer(uvicorn.Server):
-    """uvicorn that answers with 503 while it waits for what runs; handles no signals."""
+    """A uvicorn server that answers with 503 while running jobs finish; handles no signals."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -79,17 +80,17 @@ class GracefulServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Nothing: uvicorn would raise the signals again before the backend is closed."""
+        """Do nothing: uvicorn would raise the signals again before the backend is closed."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
+        """Listen, and print the address."""
         await super().startup(sockets)
         for listener in sockets or []:
             print(f"bonbon serves at {address_of(listener)}; Ctrl-C stops it", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let running jobs finish, then close the connections."""
+        """Wait for running jobs, then close the connections."""
         self.service.stop()
         end = time.monotonic() + self.service.config.grace
         while self.service.admission.running and time.monotonic() < end and not self.force_exit:
@@ -99,14 +100,14 @@ class GracefulServer(uvicorn.Server):
 
 
 def address_of(listener: socket.socket) -> str:
-    """Where clients reach a socket."""
+    """Return the URL at which clients reach a socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 @contextlib.contextmanager
 def listening(config: ServeConfig) -> Iterator[socket.socket]:
-    """The socket that a configuration names. Raises BonbonError when it cannot be had."""
+    """Yield a listening socket. Raises BonbonError when the address cannot be used."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
         listener = socket.create_server((config.host, config.port), family=family, backlog=_BACKLOG)
@@ -115,8 +116,8 @@ def listening(config: ServeConfig) -> Iterator[socket.socket]:
             f"cannot listen on {config.host}, port {config.port}: {error.strerror or error}; "
             "choose another serve.host or serve.port"
         ) from error
-    # Connections inherit it. Headers and body are two writes, and without it the second one waits
-    # 40 ms for the client's acknowledgement of the first.
+    # Connections inherit this option. Headers and body are two writes; without it the second waits
+    # 40 ms for the client to acknowledge the first.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with listener:
         yield listener
@@ -124,7 +125,7 @@ def listening(config: ServeConfig) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _signals(server: GracefulServer) -> Iterator[None]:
-    """Signals stop the server; only the main thread can be told of them."""
+    """Let signals stop the server; only the main thread can receive them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -139,7 +140,7 @@ def _signals(server: GracefulServer) -> Iterator[None]:
 
 
 def _log_to_stderr() -> None:
-    """Show the access log, unless the program has decided where logs go."""
+    """Write the access log to stderr, unless the program has configured logging."""
     log = logging.getLogger("bonbon.serve")
     if not logging.getLogger().handlers and not log.handlers:
         handler = logging.StreamHandler(sys.stderr)

@@ -1,4 +1,4 @@
-"""From a request to its answer."""
+"""The handling of a request, from its body to its response."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HEALTH_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes share. `passthrough` are the fields that go to the backend as they are."""
+    """The state that the routes share. `passthrough` fields go to the backend unchanged."""
 
     config: ServeConfig
     backend: Backend
@@ -46,18 +46,18 @@ class Service:
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def stop(self) -> None:
-        """Turn away what waits and whatever comes, with 503."""
+        """Refuse waiting and new requests with 503."""
         self.admission.stop()
 
     def abort(self) -> None:
-        """End what still runs, with 503."""
+        """End running requests with 503."""
         self.stop()
         self.aborted.set()
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a route's requests are read and its answers written."""
+    """The request class, id prefix and reply format of a route."""
 
     kind: type[GenerationRequest]
     prefix: str
@@ -69,11 +69,11 @@ COMPLETIONS = Dialect(CompletionRequest, "cmpl-", completion)
 
 
 async def respond(service: Service, request: Request, dialect: Dialect) -> Response:
-    """The response to a request for choices. Raises BackendError."""
+    """Return the response to a request for choices. Raises BackendError."""
     deadline = time.monotonic() + service.config.deadline
     values = await read_json_body(request, service.config.max_body_bytes, service.config.deadline)
     parsed, extra = parse_request(dialect.kind, values, service.passthrough)
-    service.admission.check_size(len(prompts_of(parsed)))  # before a job is made for each
+    service.admission.check_size(len(prompts_of(parsed)))  # before jobs are created
     request_id = dialect.prefix + request.state.request_id
     async with in_time(deadline):
         model = await known_model(service, parsed.model)
@@ -92,7 +92,7 @@ async def respond(service: Service, request: Request, dialect: Dialect) -> Respo
 
 
 async def known_model(service: Service, name: str | None) -> str:
-    """The model that a request names, or the default. Raises BackendError where there is none."""
+    """Return the model that a request names, or the default. Raises BackendError if unknown."""
     models = await service.backend.models()
     if not models:
         raise BackendError("there is no model yet; try again later", 503)
@@ -110,7 +110,7 @@ async def known_model(service: Service, name: str | None) -> str:
 
 
 async def answer_all(service: Service, jobs: Sequence[AnswerJob]) -> list[Answer]:
-    """The answers to all of a request's jobs, or BackendError where one fails or time runs out."""
+    """Return the answers to all jobs of a request. Raises BackendError if one fails or is late."""
     with service.admission.tickets(len(jobs)) as tickets:
         try:
             async with in_time(jobs[0].deadline), asyncio.TaskGroup() as group:
@@ -135,7 +135,7 @@ async def _answer(service: Service, job: AnswerJob, ticket: Ticket) -> Answer:
 
 @asynccontextmanager
 async def in_time(deadline: float) -> AsyncIterator[None]:
-    """Raise BackendError (504) in what takes longer than until `deadline` (monotonic)."""
+    """Raise BackendError (504) if the body runs past `deadline` (`time.monotonic()`)."""
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
             yield
@@ -144,7 +144,7 @@ async def in_time(deadline: float) -> AsyncIterator[None]:
 
 
 async def health_of(service: Service) -> Literal["ok", "unavailable", "stopping"]:
-    """`ok`, `unavailable` or `stopping`."""
+    """Return `ok`, `unavailable` or `stopping`."""
     if service.admission.stopping:
         return "stopping"
     try:

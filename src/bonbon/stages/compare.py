@@ -1,8 +1,8 @@
-"""Any number of policies side by side: models, adapters, and ways of decoding them.
+"""Comparison of any number of policies: models, adapters, and decoding settings.
 
 A policy is written `[NAME=]MODEL[@DECODING]`. MODEL is a model or adapter folder, a hub id, the
 folder of a run (its trained model), or `base`. DECODING is a comma-separated list of `best-of-N`,
-`temperature=T`, `top_p=P` and `top_k=K`; what it leaves out is as the configuration's `sampling`.
+`temperature=T`, `top_p=P` and `top_k=K`; the other settings are the configuration's `sampling`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PolicySpec:
 
 
 def parse_policy(text: str) -> PolicySpec:
-    """`[NAME=]MODEL[@DECODING]`. Raises BonbonError for what is not one."""
+    """Parse `[NAME=]MODEL[@DECODING]`. Raises BonbonError for anything else."""
     head, at, tail = text.rpartition("@")
     written, decoding = (head, tail) if at and _is_decoding(tail) else (text, "")
     name, equals, model = written.partition("=")
@@ -71,7 +71,7 @@ def _parse_decoding(text: str, policy: str) -> tuple[int, dict[str, float]]:
                 changes[key.strip()] = _NUMBERS[key.strip()](value)
         except (KeyError, ValueError):
             raise BonbonError(
-                f"policy {policy!r}: {part!r} is no way of decoding (known: {_DECODINGS})"
+                f"policy {policy!r}: {part!r} is not a decoding setting (known: {_DECODINGS})"
             ) from None
     if best_of < 1:
         raise BonbonError(f"policy {policy!r}: best-of-N needs N >= 1")
@@ -79,7 +79,7 @@ def _parse_decoding(text: str, policy: str) -> tuple[int, dict[str, float]]:
 
 
 def _default_name(model: str, decoding: str) -> str:
-    """What a model is called where the user does not say: after its folder, or its run's."""
+    """Return the default name of a model: its folder's, or its run's."""
     path = Path(model)
     last = path.parent.name if path.name == "model" else path.name
     words = [last or model, *decoding.split(",")]
@@ -89,25 +89,27 @@ def _default_name(model: str, decoding: str) -> str:
 def comparison_config(
     specs: Sequence[PolicySpec], config: Path | None, overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """The configuration that says prompts, reward, base model and sampling.
+    """Load the configuration of prompts, reward, base model and sampling.
 
     Without `config` it is that of the first run folder among the policies. Raises BonbonError when
     there is none.
     """
     runs = [run / "config.yaml" for spec in specs if (run := _run_of(spec)) is not None]
-    found = config or next(iter(runs), None)
-    if found is None:
+    path = config or next(iter(runs), None)
+    if path is None:
         raise BonbonError(
-            "no policy is a run's folder, so nothing says what prompts and which reward to compare "
-            "on; give --config run.yaml"
+            "no policy is a run's folder, so the prompts and the reward are unknown; give --config "
+            "run.yaml"
         )
-    return load_config(found, overrides).model_copy(update={"storage": None})  # of a run's shards
+    return load_config(path, overrides).model_copy(
+        update={"storage": None}
+    )  # only for a run's shards
 
 
 def compare(folder: RunFolder, specs: Sequence[PolicySpec]) -> Evaluation:
-    """Measure policies against the configuration's base model and against each other.
+    """Compare policies with the configuration's base model and with each other.
 
-    Policies can be added to a comparison later; what was drawn of the others is kept.
+    Policies can be added to a comparison later; the others' draws are kept.
     """
     config = folder.config
     policies = [Policy(BASE, config.model, config.sampling)]
@@ -138,20 +140,20 @@ def compare(folder: RunFolder, specs: Sequence[PolicySpec]) -> Evaluation:
 
 
 def _run_of(spec: PolicySpec) -> Path | None:
-    """The run's folder that a policy names."""
+    """Return the run's folder that a policy names; None if it names none."""
     folder = Path(spec.model).expanduser()
     return folder if spec.model != BASE and (folder / "config.yaml").is_file() else None
 
 
 def _trained_on(specs: Sequence[PolicySpec], rows: Sequence[PromptRow]) -> int | None:
-    """How many of the prompts some of the runs were trained on; None where a run cannot say."""
+    """Count the prompts that any of the runs was trained on; None where this is unknown."""
     asked = [json.dumps(row.prompt) for row in rows]
     seen: set[str] = set()
     for spec in specs:
         if (run := _run_of(spec)) is not None:
             try:
                 seen |= trained_on(load_config(run / "config.yaml"), set(asked))
-            except BonbonError:  # its prompts are no longer where they were
+            except BonbonError:  # its prompts have been moved
                 return None
     return sum(prompt in seen for prompt in asked)
 
@@ -169,7 +171,7 @@ def _model(spec: PolicySpec, config: RunConfig) -> ModelConfig:
     if run is not None and not (run / "model").is_dir():
         raise BonbonError(f"{run} has no trained model yet; run `bonbon train` first")
     folder = Path(spec.model).expanduser() if run is None else run / "model"
-    if not folder.is_dir():  # a hub id: the base's revision is none of its
+    if not folder.is_dir():  # a hub id: the base's revision does not apply
         return config.model.model_copy(update={"name": spec.model, "revision": None})
     return config.model.model_copy(update={"name": str(folder)})
 
@@ -179,8 +181,8 @@ def _checked(config: RunConfig, spec: PolicySpec) -> Any:
     try:
         return type(config.sampling).model_validate(values)
     except ValueError as error:
-        said = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in getattr(error, "errors", list)())
-        raise BonbonError(f"policy {spec.name!r}: {said}") from error
+        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in getattr(error, "errors", list)())
+        raise BonbonError(f"policy {spec.name!r}: {problems}") from error
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 `generations/` holds every candidate as groups, with the metric `chosen` (1 at the chosen one);
 `completions.jsonl` the answers alone, `cost.json` the totals. A stop loses at most one shard; the
-same command goes on.
+same command resumes.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from bonbon.system.user_functions import function_digest, import_function
 
 @dataclass(frozen=True)
 class Spent:
-    """What a whole file of prompts cost, and the mean reward of the answers over prompts."""
+    """The total cost of a file of prompts, and the mean reward of its answers."""
 
     prompts: int
     cost: Cost
     reward: Figure | None
 
     def per_answer(self) -> Cost:
-        """The mean cost of one answer, token counts rounded."""
+        """Return the mean cost of one answer, with rounded token counts."""
         return Cost(
             round(self.cost.generated / self.prompts),
             round(self.cost.prefilled / self.prompts),
@@ -58,14 +58,14 @@ class Spent:
 
 
 def generate_into(folder: StageFolder, config: GenerateConfig) -> Spent:
-    """Do the stage. Raises BonbonError as the stages of a run do."""
+    """Run the stage, or resume it. Raises BonbonError as the stages of a run do."""
     if config.prompts is None:
         raise BonbonError("there are no prompts; name a file with --prompts, or one by --prompt")
     rows = read_configured(config.prompts)
     shards = folder.path / "generations"
     folder.refuse("sample", "rounds", "evaluate", "compare", what="a run or a comparison")
     if not shard_paths(shards):
-        folder.forget("generate")  # nothing came of it
+        folder.forget("generate")  # a stage without output
     folder.begin("generate", _settings(config, config.prompts.path))
     if not folder.is_finished("generate", shards):
         model, tokenizer = load_model(config.model)
@@ -103,7 +103,7 @@ def _settings(config: GenerateConfig, prompts: Path) -> dict[str, Any]:
 
 
 def _loaded(strategy: Strategy) -> dict[str, str | None]:
-    """Digests of the code and the models that a strategy's settings name."""
+    """Return digests of the code and the models that a strategy's settings name."""
     digests: dict[str, str | None] = {}
     for name in sorted(strategy.loads):
         value = getattr(strategy, name)
@@ -137,7 +137,7 @@ def _write(
 
 
 def marked(generation: Generation) -> Group:
-    """The candidates with the metric `chosen`: 1 at the chosen one, 0 elsewhere."""
+    """Return the candidates with the metric `chosen`: 1 at the chosen one, 0 elsewhere."""
     group = generation.group
     return group.with_metric("chosen", [float(i == generation.chosen) for i in range(group.n)])
 

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, whenever the process dies."""
+"""Atomic writes: files and folders are either whole or absent, whenever the process dies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bonbon.system.storage import beside, cannot_write, is_remote, reached, uplo
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it into place.
 
-    For a remote `path` (`system.storage`) it is a local one, which is uploaded on success. Raises
+    For a remote `path` (`system.storage`) it is local, and uploaded on success. Raises
     BonbonError when the folder cannot be written.
     """
     if is_remote(path):
@@ -35,12 +35,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        with suppress(OSError):  # or it would hide why the file cannot be written
+        with suppress(OSError):  # an error here would hide the original one
             temporary.unlink()
 
 
 def remove_torn(folder: Path) -> None:
-    """Remove what killed processes left `beside` files and folders, anywhere in a folder."""
+    """Remove the temporary files and folders that killed processes left in a folder."""
     for path in list(folder.rglob(".*.tmp")):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -76,12 +76,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinities are refused (not JSON)."""
+    """Write `value` as indented JSON, atomically. Raises ValueError for NaN and infinities."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; BonbonError names the file when it cannot be read or parsed."""
+    """Read a JSON file. Raises BonbonError, naming the file, if it cannot be read or parsed."""
     try:
         with reached(path, "read"):
             return json.loads(path.read_text(encoding="utf-8"))

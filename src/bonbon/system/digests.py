@@ -1,4 +1,4 @@
-"""Short hashes of files and of models' weights, to tell whether they are still the same."""
+"""Short hashes of files and of models' weights, to detect changes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bonbon.system.errors import BonbonError
 
 
 def weights_digest(folder: Path) -> str | None:
-    """A hash of the head of every tensor in a folder's weights, an adapter's base included.
+    """Return a hash of the head of every tensor in a folder's weights and an adapter's base.
 
-    So that a model trained anew in the same place is not taken for the old one; quick for any size.
-    None where there are no safetensors (a hub id). Raises BonbonError for a broken file.
+    It detects a model that was retrained in the same folder, and is fast for any size. None if
+    there are no safetensors (a hub id). Raises BonbonError for a broken file.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -32,7 +32,7 @@ def weights_digest(folder: Path) -> str | None:
 
 
 def _tensor_heads(path: Path) -> Iterator[bytes]:
-    """The header of a safetensors file, and up to 4 KiB of each of its tensors."""
+    """Yield the header of a safetensors file, and up to 4 KiB of each of its tensors."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -48,7 +48,7 @@ def _tensor_heads(path: Path) -> Iterator[bytes]:
 
 
 def file_digest(path: Path) -> str:
-    """A short hash of a file's content."""
+    """Return a short hash of a file's content."""
     digest = hashlib.blake2b(digest_size=8)
     try:
         with path.open("rb") as file:

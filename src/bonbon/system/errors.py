@@ -1,13 +1,13 @@
-"""The one exception for everything a user can put right."""
+"""The exception for everything that a user can fix."""
 
 from __future__ import annotations
 
 
 class BonbonError(Exception):
-    """Bad input, configuration or state, in one sentence that names the place and the way out.
+    """An error of input, configuration or state; its sentence names the place and the fix.
 
-    The command line prints the sentence and exits with 2; a library caller catches this class.
-    Whatever a library's or a user's own message brings along, the sentence is one line.
+    The command line prints the sentence and exits with 2; library callers catch this class. Line
+    breaks, such as those in a library's message, become spaces.
     """
 
     def __init__(self, message: str) -> None:
@@ -15,22 +15,22 @@ class BonbonError(Exception):
         super().__init__(self.sentence)
 
     def __str__(self) -> str:
-        return self.sentence  # to `args` Ray adds words of its own
+        return self.sentence  # Ray adds its own words to `args`
 
 
 class UnavailableError(BonbonError):
-    """What every prompt needs cannot be used now, such as a server: no prompt's fault."""
+    """An error of a resource that every prompt needs, such as a server, and of no single prompt."""
 
 
 class DivergedError(BonbonError):
-    """A training whose loss is no longer finite."""
+    """An error of a training whose loss is no longer finite."""
 
 
 class UserCodeError(BonbonError):
-    """A function of the user's own failed; the message may hold all that the function knows."""
+    """A failure of a user's function; the message may contain any data of the function."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library's says, in a line; its kind where it says nothing."""
+    """Return the first line of an exception's message, or its class name if there is none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Lazy import of a package's names on first use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose names live in the modules `homes` says."""
+    """Return a package's `__getattr__`; `homes` maps each name to its module."""
 
     def get(name: str) -> Any:
         if name not in homes:

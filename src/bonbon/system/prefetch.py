@@ -1,4 +1,4 @@
-"""The same done to many files, some at a time: a store answers late, but many at once."""
+"""Ordered concurrent calls: a store has a long latency, but answers many requests at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ AHEAD = 8
 def in_turn(
     call: Callable[[Item], Made], items: Iterable[Item], ahead: int = AHEAD
 ) -> Iterator[Made]:
-    """`call(item)` of each item, in their order; `map` by as many threads as are `ahead`.
+    """Yield `call(item)` of each item in order, as `map` does, from `ahead` threads.
 
-    No more than `ahead` items are taken that were not given back. What `call` raises is raised in
-    its turn, and then no further item is begun.
+    At most `ahead` items are taken whose results have not been yielded. An exception of `call` is
+    raised in place of its result, and no further item is started.
     """
     with ThreadPoolExecutor(ahead) as pool:
         begun: deque[Future[Made]] = deque()

@@ -1,8 +1,8 @@
-"""Several processes that train one model, as `accelerate launch` and `torchrun` start them.
+"""Training of one model by several processes, started by `accelerate launch` or `torchrun`.
 
-They do the same work in step, each on its share of a batch. The main process alone holds the run's
-folder, writes and speaks; where that decides what the others do next, they are told. Who is who is
-read off the environment that every launcher sets, so a lone process never loads torch for it.
+The processes do the same work in step, each on its share of a batch. Only the main process holds
+the run's folder, writes and prints; it broadcasts what the others need to know. Ranks are read from
+the environment variables that every launcher sets, so a single process never loads torch for them.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from bonbon.system.errors import BonbonError
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=1)  # of processes that wait while the main one saves or measures
-_HEAD_START = 20.0  # seconds in which the main process says what all processes have found
+_PATIENCE = timedelta(hours=1)  # how long processes wait while the main one saves or measures
+_HEAD_START = 20.0  # seconds that the main process has to print an error that all processes have
 
 
 def process_count() -> int:
-    """How many processes train together; 1 without a launcher."""
+    """Return how many processes train together; 1 without a launcher."""
     return _number("WORLD_SIZE", 1)
 
 
 def process_index() -> int:
-    """This process' number among them, from 0."""
+    """Return this process' index among them, from 0."""
     return _number("RANK", 0)
 
 
 def is_main_process() -> bool:
-    """Whether this process holds the folder, writes and speaks: the first one, or the only one."""
+    """Return whether this process, the first one, holds the folder, writes and prints."""
     return process_index() == 0
 
 
 def wait_for_everyone() -> None:
-    """Return once every process has called this."""
+    """Wait until every process has called this."""
     if process_count() > 1:
         _join().barrier()
 
 
 def from_main_process(call: Callable[[], T]) -> T:
-    """What `call` returns in the main process, in every process; the others do not call it.
+    """Call in the main process only, and return the result in every process.
 
-    Where it raises in the main process the others wait until the launcher ends them.
+    If the call raises, the other processes wait until the launcher ends them.
     """
     if process_count() == 1:
         return call()
@@ -58,9 +58,9 @@ def from_main_process(call: Callable[[], T]) -> T:
 
 
 def from_machine(call: Callable[[], T]) -> T:
-    """What `call` returns in the first process of this machine, in all processes of the machine.
+    """Call in the first process of each machine; return its result in all its processes.
 
-    Where it raises the others wait until the launcher ends them.
+    If a call raises, the other processes wait until the launcher ends them.
     """
     if process_count() == 1:
         return call()
@@ -71,16 +71,16 @@ def from_machine(call: Callable[[], T]) -> T:
 
 
 def let_the_main_process_speak() -> None:
-    """Before an error is shown: the other processes wait a little.
+    """Wait a little before an error is printed, except in the main process.
 
-    What all of them have found is then said once, as the launcher ends them with the main process.
+    An error that all processes have is then printed once: the launcher ends the others first.
     """
     if not is_main_process():
         time.sleep(_HEAD_START)
 
 
 def refuse_several_processes(command: str) -> None:
-    """Raise BonbonError where a launcher started several processes of a `command` for one."""
+    """Raise BonbonError if a launcher started several processes of a one-process `command`."""
     if process_count() > 1:
         raise BonbonError(
             f"`bonbon {command}` works in one process and {process_count()} were started; only "
@@ -89,14 +89,14 @@ def refuse_several_processes(command: str) -> None:
 
 
 def leave() -> None:
-    """Part from the other processes, at the end of what is done together."""
+    """Leave the process group at the end of the common work."""
     if process_count() > 1:
-        gc.collect()  # a model's reducer that went after its group could hang
+        gc.collect()  # a model's reducer that is freed after its group may hang
         _join().destroy_process_group()
 
 
 def _machine() -> tuple[str, str]:
-    """What tells this machine from others; containers of one machine have other names."""
+    """Return an identity of this machine; containers on one machine count as different."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return socket.gethostname(), boot.read_text() if boot.exists() else ""
 
@@ -110,6 +110,6 @@ def _join():  # type: ignore[no-untyped-def]  # the module torch.distributed
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        # No backend is named: gloo for the CPU, beside that of the accelerator if there is one.
+        # Without a named backend it is gloo for the CPU, and the accelerator's own if there is one.
         dist.init_process_group(timeout=_PATIENCE)
     return dist

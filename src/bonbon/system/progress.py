@@ -18,7 +18,7 @@ from rich.progress import (
 
 
 class Bar:
-    """One bar; `tokens` adds to a token count that is shown as tokens a second."""
+    """A progress bar with its rate in units, or in tokens once `tokens` is called."""
 
     def __init__(self, progress: Progress, title: str, total: int, unit: str) -> None:
         self._progress = progress
@@ -31,13 +31,13 @@ class Bar:
         self._note = ""
 
     def advance(self, count: int) -> None:
-        """`count` more units are done."""
+        """Add `count` finished units."""
         self._done += count
         self._progress.update(self._task, advance=count)
         self._show()
 
     def set(self, done: int, total: int) -> None:
-        """`done` of `total` units are done; what was done before the first call has no rate."""
+        """Set the finished and total units; those of the first call do not count for the rate."""
         if self._first is None:
             self._first, self._began = done, time.monotonic()
         self._done = done - self._first
@@ -45,12 +45,12 @@ class Bar:
         self._show()
 
     def tokens(self, count: int) -> None:
-        """`count` more tokens were drawn."""
+        """Add `count` drawn tokens."""
         self._tokens += count
         self._show()
 
     def note(self, text: str) -> None:
-        """Show `text` behind the bar and its rate."""
+        """Show `text` after the bar and its rate."""
         self._note = text
         self._show()
 
@@ -63,7 +63,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str, total: int, unit: str) -> Iterator[Bar]:
-    """A bar of `total` units (0: not known yet); silent when there is nothing to do."""
+    """Yield a bar of `total` units (0: not known yet); silent when there is nothing to do."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),

@@ -1,12 +1,11 @@
-"""Where samples and groups lie: a local folder, or one of an object store or HDFS.
+"""Storage of samples and groups: a local folder, an object store or HDFS.
 
-A remote place is a `upath.UPath`, which does what a `Path` does through fsspec: `s3://` needs s3fs,
-`gs://` gcsfs, `hdfs://` pyarrow with Hadoop's own library. Their keys and endpoints are set as
-those libraries document (environment variables, profiles, fsspec's own configuration), never in a
-configuration of ours.
+A remote path is a `upath.UPath`, a `Path` on top of fsspec: `s3://` needs s3fs, `gs://` gcsfs,
+`hdfs://` pyarrow with Hadoop's own library. Keys and endpoints are set as these libraries document
+(environment variables, profiles, fsspec's configuration), never in our configuration.
 
-A store that cannot be reached is an error within a minute (S3; seconds where it refuses), so that a
-run does not hang: what is finished stays, and the same command goes on.
+A store that cannot be reached is an error within a minute (S3; within seconds if it refuses), so
+that a run does not hang. Finished work is kept, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from typing import Any
 
 from bonbon.system.errors import BonbonError, first_line
 
-# Stores that show an object once it is whole; elsewhere it is written aside and renamed.
+# Stores where only whole objects are visible; elsewhere a file is written aside and renamed.
 _WHOLE_OBJECTS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
 _S3 = frozenset({"s3", "s3a"})
-# botocore's tries of a request; s3fs then tries anew what timed out.
+# botocore's tries of a request; s3fs then retries timeouts.
 _S3_CONFIG = {
     "connect_timeout": 5,
     "read_timeout": 60,
@@ -38,9 +37,9 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def storage_path(place: str | Path) -> Path:
-    """The folder that a setting names: a `Path`, or a `UPath` for what has a scheme (`s3://…`).
+    """Return the folder that a setting names: a `Path`, or a `UPath` for a URL (`s3://…`).
 
-    Raises BonbonError for a scheme that is not known or whose library is not installed.
+    Raises BonbonError for an unknown scheme, or one whose library is not installed.
     """
     if not isinstance(place, str) and is_remote(place):
         return place
@@ -58,7 +57,7 @@ def storage_path(place: str | Path) -> Path:
         from upath import UPath
 
         path: Any = UPath(place, **_options(scheme))
-        filesystem = path.fs  # the library is loaded here
+        filesystem = path.fs  # loads the library
     except (ImportError, ValueError, OSError) as error:
         needs = (
             "hdfs:// needs Java and Hadoop's libhdfs, found by JAVA_HOME, HADOOP_HOME and CLASSPATH"
@@ -75,10 +74,10 @@ def storage_path(place: str | Path) -> Path:
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """What fsspec's file system is made with; the user's fsspec configuration comes first."""
+    """Return the options of fsspec's file system; the user's own fsspec options take precedence."""
     from fsspec.config import conf  # type: ignore[import-untyped]
 
-    # Other processes write shards too, so a listing must never be an old one.
+    # Other processes write shards too, so a listing must not be cached.
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in _S3:
         options["config_kwargs"] = _S3_CONFIG
@@ -86,28 +85,28 @@ def _options(scheme: str) -> dict[str, Any]:
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path is a store's, which only its library reaches."""
+    """Return whether a path is in a store, and not a local one."""
     return hasattr(path, "fs") and path.fs.protocol not in ("file", ("file", "local"))
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file is there. Raises BonbonError when its store cannot be reached."""
+    """Return whether a file exists. Raises BonbonError when its store cannot be reached."""
     with reached(path, "read"):
         return path.exists()
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files of a folder in the order of their names; none where there is no folder.
+    """Return the files of a folder, sorted by name; none if there is no folder.
 
     Raises BonbonError when its store cannot be reached.
     """
     with reached(folder, "read"):
-        # Object stores have no folders: one is there while it holds something.
+        # Object stores have no folders: one exists while it holds something.
         return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file, where there is one. Raises BonbonError if it cannot."""
+    """Remove a file if it exists. Raises BonbonError if it cannot be removed."""
     try:
         with reached(path, "remove"):
             path.unlink(missing_ok=True)
@@ -116,7 +115,7 @@ def remove_file(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder with what is in it, where there is one. Raises BonbonError if it cannot."""
+    """Remove a folder and its content if it exists. Raises BonbonError if it cannot be removed."""
     try:
         with reached(folder, "remove"):
             if is_remote(folder):
@@ -130,10 +129,10 @@ def remove_folder(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> BonbonError:
-    """The sentence for a local file that could not be written."""
-    reason = os.strerror(error.errno) if error.errno else str(error)  # pyarrow has its own words
+    """Return the error of a file that could not be written."""
+    reason = os.strerror(error.errno) if error.errno else str(error)  # pyarrow sets no errno
     if error.errno in _FULL:
-        way_out = "make room; what is finished stays, and the same command goes on"
+        way_out = "free some space; finished work is kept, and the same command resumes"
     else:
         way_out = "choose a folder that can be written"
     return BonbonError(f"cannot write {path}: {reason}; {way_out}")
@@ -141,10 +140,10 @@ def cannot_write(path: Path, error: OSError) -> BonbonError:
 
 @contextmanager
 def reached(path: Path, doing: str) -> Iterator[None]:
-    """Turn whatever a store's library raises into a BonbonError that names the place.
+    """Turn any exception of a store's library into a BonbonError that names the path.
 
-    The libraries under fsspec raise errors of their own kinds, so anything is caught, for remote
-    paths alone.
+    The libraries under fsspec raise exceptions of their own, so all are caught, but only for remote
+    paths.
     """
     try:
         yield
@@ -154,13 +153,13 @@ def reached(path: Path, doing: str) -> Iterator[None]:
         if not is_remote(path):
             raise
         raise BonbonError(
-            f"cannot {doing} {path}: {_store_message(error)}; what is finished stays, and the same "
-            "command goes on once that is put right"
+            f"cannot {doing} {path}: {_store_message(error)}; finished work is kept; fix this "
+            "and run the same command to resume"
         ) from error
 
 
 def _store_message(error: Exception) -> str:
-    """What a store's library says, in the user's terms where its own are not."""
+    """Return an error's message, reworded for users where the library's is unclear."""
     name = type(error).__name__
     if "Credential" in name or "TokenRetrieval" in name:
         return (
@@ -172,25 +171,25 @@ def _store_message(error: Exception) -> str:
     if isinstance(error, TimeoutError) or "Timeout" in name or "Connect" in name:
         return f"the store cannot be reached ({_without_query(first_line(error))})"
     if isinstance(error, FileNotFoundError):
-        return f"it is not there ({_without_query(first_line(error))})"
+        return f"it does not exist ({_without_query(first_line(error))})"
     return _without_query(first_line(error))
 
 
 def _without_query(text: str) -> str:
-    """A text with its addresses' queries, which may hold signatures, left out."""
+    """Remove the queries of URLs, which may hold signatures, from a text."""
     return re.sub(r"\?[^\s\"]*", "", text)
 
 
 def beside(path: Path) -> Path:
-    """A name beside `path` that no other writer of it uses, for what is not yet whole."""
+    """Return a unique temporary path in the folder of `path`."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 @contextmanager
 def uploaded(path: Path) -> Iterator[Path]:
-    """Yield a local path; on success its file is put at the remote `path`, whole or not at all.
+    """Yield a local path; on success upload its file to the remote `path`, whole or not at all.
 
-    Raises BonbonError when the store cannot be reached, or the temporary folder not be written.
+    Raises BonbonError when the store cannot be reached, or the local file cannot be written.
     """
     remote: Any = path
     with tempfile.TemporaryDirectory() as folder:

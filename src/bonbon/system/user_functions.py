@@ -1,4 +1,4 @@
-"""Functions of the user's own, named in a configuration as `package.module:function`."""
+"""Users' functions, named in a configuration as `package.module:function`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from bonbon.system.errors import BonbonError
 
 
 def import_function(name: str, what: str) -> Callable[..., Any]:
-    """The function called `package.module:function`; modules in the current folder are found too.
+    """Import the function `package.module:function`, also from the current folder.
 
-    Raises BonbonError, saying `what` the function is for, when the name is written another way or
-    when there is no such function.
+    Raises BonbonError, saying `what` the function is for, when the name has another form or there
+    is no such function.
     """
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise BonbonError(f"{what} {name!r}: write it as package.module:function")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: nothing there may stand in for a library
+        sys.path.append(os.getcwd())  # last, so that nothing there shadows a library
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # an import runs the user's code: anything may come out of it
+    except Exception as error:  # the user's module may raise anything
         raise BonbonError(f"{what} {name!r} cannot be imported: {error_text(error)}") from error
     if not callable(function):
         raise BonbonError(f"{what} {name!r} is not a function")
@@ -36,7 +36,7 @@ def import_function(name: str, what: str) -> Callable[..., Any]:
 
 
 def function_digest(function: Callable[..., Any]) -> str | None:
-    """A hash of the file that a function is written in; None where there is none."""
+    """Return a hash of the source file of a function; None if there is none."""
     try:
         file = inspect.getsourcefile(inspect.unwrap(function))
     except TypeError:  # not written in Python
@@ -45,5 +45,5 @@ def function_digest(function: Callable[..., Any]) -> str | None:
 
 
 def error_text(error: Exception) -> str:
-    """What went wrong in code that is not ours: the exception's kind and its message."""
+    """Return an exception's class and message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

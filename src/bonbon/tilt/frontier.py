@@ -1,4 +1,4 @@
-"""The table of what theory allows for best-of-n."""
+"""The table of best-of-n's win rate and KL, and the optimum for either."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bonbon.tilt.exponential import optimal_kl, optimal_win_rate
 
 
 def parse_ns(text: str) -> list[float]:
-    """'2,4,8' as numbers. Raises BonbonError for anything but finite numbers ≥ 1."""
+    """Parse '2,4,8' as numbers. Raises BonbonError for anything but finite numbers ≥ 1."""
     ns = []
     for part in text.split(","):
         try:
@@ -27,9 +27,9 @@ def parse_ns(text: str) -> list[float]:
 
 
 def frontier_rows(ns: Sequence[float]) -> list[dict[str, float | None]]:
-    """A row for each n: win rate and KL (nats) of best-of-n, and the optimum at either.
+    """Compute a row for each n: win rate and KL (nats) of best-of-n, and the optimum for either.
 
-    `ipo_target` is BoNBoN's target (n−1)(ψ(n) − ψ(1)), None where n is no number of draws.
+    `ipo_target` is BoNBoN's target (n−1)(ψ(n) − ψ(1)), None where n is not an integer.
     """
     rows: list[dict[str, float | None]] = []
     for n in ns:

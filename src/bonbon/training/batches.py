@@ -1,9 +1,9 @@
-"""Which groups each process trains on, and what each counts for.
+"""Batches of groups, and their distribution over processes.
 
-A batch is the same groups whatever the number of processes. It is done in parts, a forward pass
-each: its groups, longest first, are dealt out to the processes like cards, and as many rounds as
-fit in `max_batch_tokens` make a part. So all processes do as many forward passes, as sharded
-weights need, on groups of like length, and nobody waits long.
+A batch has the same groups for any number of processes. It is processed in parts, one forward pass
+each: its groups, longest first, are dealt to the processes like cards, and as many rounds as fit in
+`max_batch_tokens` make a part. So all processes do the same number of forward passes, which sharded
+weights need, on groups of similar length, and none waits long.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from bonbon.models.padding import token_batches
 from bonbon.objectives.selection import SelectedGroup
 from bonbon.training.arguments import BoNBoNConfig as BoNBoNConfig
 
-Deal = list[list[int]]  # a part: each process' groups, by their indices
+Deal = list[list[int]]  # a part: the indices of each process' groups
 
 
 @dataclass(frozen=True)
 class Part:
     """One process' groups of a forward pass, by their indices.
 
-    The part's loss is the mean of its groups' losses times `share`. A process that is left without
-    a group does another's over again with a share of 0, as all take part in a pass.
+    The part's loss is the mean of its groups' losses times `share`. A process without a group
+    repeats another's with a share of 0, since all processes take part in every pass.
     """
 
     indices: tuple[int, ...]
@@ -40,32 +40,32 @@ class Part:
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes share the work, and which of them this is."""
+    """The number of processes that share the work, and the index of this one."""
 
     count: int = 1
     index: int = 0
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's groups, the one that transformers' `Trainer` has for one process."""
+    """Return the order of an epoch's groups: that of transformers' `Trainer` in one process."""
     generator = torch.Generator().manual_seed(seed + epoch)
     return torch.randperm(count, generator=generator).numpy()
 
 
 def deal(shapes: ArrayLike, max_tokens: int, processes: int = 1) -> list[Deal]:
-    """A batch's parts: for each, the indices of the groups that each process takes.
+    """Divide a batch into parts: for each, the indices of each process' groups.
 
-    Every index is in exactly one list. A part's lists are of one length, but in the last part they
-    may be shorter by one, or empty, for the later processes.
+    Every index is in exactly one list. A part's lists have equal length; only in the last part may
+    those of later processes be shorter by one, or empty.
 
     Args:
-        shapes: (G, 3): a group's tokens of the prompt, its completions, and the tokens of the
+        shapes: (G, 3), for each group: tokens of the prompt, number of completions, tokens of the
             longest completion.
         max_tokens: most tokens of a part in a process.
-        processes: how many share the batch.
+        processes: the number that share the batch.
     """
     prompts, completions, longest = np.asarray(shapes, dtype=np.int64).T
-    # With the longest prompt of all, so that no padding takes a part over the limit.
+    # Counted with the longest prompt of all, so that padding cannot exceed the limit.
     lengths = completions * (prompts.max() + longest)
     order = np.argsort(-lengths, kind="stable").tolist()
     rounds = [order[start : start + processes] for start in range(0, len(order), processes)]
@@ -79,19 +79,19 @@ def deal(shapes: ArrayLike, max_tokens: int, processes: int = 1) -> list[Deal]:
 
 
 class GroupBatches(Sampler[list[Part]]):
-    """The batches of an epoch, each as this process' parts.
+    """A sampler of an epoch's batches, each as this process' parts.
 
-    Over all processes every group is in exactly one part of a share above 0 an epoch. With these
-    shares the average over the processes of the average over `window` batches (or as many as are
-    left at an epoch's end) is the mean over all their groups.
+    In an epoch every group is in exactly one part with a share above 0, over all processes. The
+    loss averaged over `window` batches (or those left at an epoch's end) and over the processes is
+    then the mean over all their groups.
 
     Args:
         shapes: (G, 3), all groups' shapes, in every process; see `deal`.
         batch_size: groups a batch, over all processes; the last batch of an epoch may have fewer.
         max_tokens: most tokens of a part in a process.
         window: batches whose gradients are accumulated.
-        seed: of the epochs' orders; None: as they are.
-        processes: who shares the work.
+        seed: of the epochs' orders; None: the groups' own order.
+        processes: the processes that share the work.
         drop_last: leave out the last batch where it has fewer groups.
     """
 
@@ -116,7 +116,7 @@ class GroupBatches(Sampler[list[Part]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Iterate in the order of this epoch from now on."""
+        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -144,7 +144,7 @@ class GroupBatches(Sampler[list[Part]]):
 
 
 class PartsDataset(Dataset[tuple[list[SelectedGroup], float]]):
-    """Groups, taken by the parts that `GroupBatches` yields."""
+    """A dataset of groups, indexed by the parts that `GroupBatches` yields."""
 
     def __init__(self, groups: Sequence[SelectedGroup]) -> None:
         self.groups = groups
@@ -157,10 +157,10 @@ class PartsDataset(Dataset[tuple[list[SelectedGroup], float]]):
 
 
 class GroupLoader(DataLoader[tuple[list[SelectedGroup], float]]):
-    """A data loader over `GroupBatches` that can be told the epoch, as the `Trainer` does."""
+    """A data loader over `GroupBatches` with the `set_epoch` that the `Trainer` calls."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Load in the order of this epoch from now on."""
+        """Set the epoch, which determines the order."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 

@@ -1,8 +1,7 @@
 """Selected groups in an Arrow file that all processes of a machine map into memory.
 
-The pages of a mapped file are the operating system's to read and to drop, and the processes share
-them. So what a process itself holds of a group is its figures (`ref_logps`, `shapes`), and not its
-tokens.
+The operating system loads and drops the pages of a mapped file, and the processes share them. So
+a process itself holds only the figures of a group (`ref_logps`, `shapes`), not its tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from bonbon.objectives.selection import SelectedGroup
 from bonbon.system.storage import cannot_write
 
 _CHUNK = 2**18  # tokens a record batch
-_TOLD_APART_BY = ("prompt_id", "prompt_token_ids", "completions")
+_HASHED_COLUMNS = ("prompt_id", "prompt_token_ids", "completions")
 _SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -34,7 +33,7 @@ _SCHEMA = pa.schema(
 
 
 def write_selected(groups: Iterable[SelectedGroup], path: Path) -> None:
-    """Write groups to a file that `SelectedGroups` opens, a chunk in memory at a time.
+    """Write groups to a file for `SelectedGroups`, with one chunk in memory at a time.
 
     Raises BonbonError when the file cannot be written.
     """
@@ -60,7 +59,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _chunks(groups: Iterable[SelectedGroup]) -> Iterator[list[SelectedGroup]]:
-    """Groups of about `_CHUNK` tokens together, or one of more."""
+    """Yield lists of groups with about `_CHUNK` tokens together, or single longer groups."""
     chunk: list[SelectedGroup] = []
     tokens = 0
     for group in groups:
@@ -81,7 +80,7 @@ def _batch(groups: Sequence[SelectedGroup]) -> pa.RecordBatch:
         pa.ListArray.from_arrays(
             _offsets([group.completions for group in groups]), _lists(completions, np.int32)
         ),
-        # None, which Parquet may hold, becomes NaN.
+        # None, which Parquet may contain, becomes NaN.
         _lists([group.ref_logps for group in groups], np.float64),
         _lists([group.rewards for group in groups], np.float64),
     ]
@@ -89,7 +88,7 @@ def _batch(groups: Sequence[SelectedGroup]) -> pa.RecordBatch:
 
 
 def _lists(rows: Sequence[Sequence[Any]], dtype: type) -> pa.ListArray:
-    """Rows of numbers as a column; by way of numpy, which is faster than Arrow's own conversion."""
+    """Convert rows of numbers to a column, through numpy, which is faster than Arrow's own way."""
     flat = pa.array(np.array([value for row in rows for value in row], dtype=dtype))
     return pa.ListArray.from_arrays(_offsets(rows), flat)
 
@@ -99,14 +98,14 @@ def _offsets(rows: Sequence[Sequence[Any]]) -> pa.Array:
 
 
 class SelectedGroups(Sequence[SelectedGroup]):
-    """G groups of m selected completions each, in a file that `write_selected` wrote.
+    """A sequence of G groups of m selected completions each, in a file of `write_selected`.
 
-    Once it is open its file may be removed.
+    Once it is open, its file may be removed.
 
     Attributes:
-        ref_logps: (G, m) float64, nats; what is written here is what the groups have from then on.
-        shapes: (G, 3) int32: a group's tokens of the prompt, its completions, and the tokens of the
-            longest completion.
+        ref_logps: (G, m) float64, nats; values written here replace the groups' own.
+        shapes: (G, 3) int32, for each group: tokens of the prompt, number of completions, tokens of
+            the longest completion.
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,30 +132,30 @@ class SelectedGroups(Sequence[SelectedGroup]):
         index = range(len(self))[index]
         batch = bisect_right(self._ends, index)
         row = index - (self._ends[batch - 1] if batch else 0)
-        found = self._batches[batch].slice(row, 1)
+        record = self._batches[batch].slice(row, 1)
         return SelectedGroup(
-            prompt_id=found["prompt_id"][0].as_py(),
-            prompt_token_ids=_numbers(found["prompt_token_ids"][0].values),
-            completions=tuple(_numbers(it.values) for it in found["completions"][0].values),
+            prompt_id=record["prompt_id"][0].as_py(),
+            prompt_token_ids=_numbers(record["prompt_token_ids"][0].values),
+            completions=tuple(_numbers(it.values) for it in record["completions"][0].values),
             ref_logps=tuple(self.ref_logps[index].tolist()),
-            rewards=_numbers(found["rewards"][0].values),
+            rewards=_numbers(record["rewards"][0].values),
         )
 
     def __iter__(self) -> Iterator[SelectedGroup]:
         return map(self.__getitem__, range(len(self)))
 
     def digest(self) -> str:
-        """What tells these groups, and their order, from others: not by their figures."""
+        """Compute a hash of the groups' texts and order, without their figures."""
         digest = hashlib.blake2b(digest_size=16)
         for batch in self._batches:
-            for name in _TOLD_APART_BY:
+            for name in _HASHED_COLUMNS:
                 for buffer in batch[name].buffers():
                     digest.update(buffer or b"")
         return digest.hexdigest()
 
 
 def _square(column: Any) -> np.ndarray[Any, Any]:
-    """A column of lists of one length as an array of two dimensions."""
+    """Convert a column of lists of equal length to a two-dimensional array."""
     return column.values.to_numpy().reshape(len(column), -1).copy()
 
 
@@ -169,5 +168,5 @@ def _shapes(batch: pa.RecordBatch) -> np.ndarray[Any, Any]:
 
 
 def _numbers(values: Any) -> tuple[Any, ...]:
-    """An array's values; by way of numpy, which is ten times as fast as Arrow's own."""
+    """Return an array's values, through numpy, which is ten times as fast as Arrow's own way."""
     return tuple(values.to_numpy().tolist())

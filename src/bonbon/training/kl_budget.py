@@ -1,10 +1,10 @@
-"""Keeping a trained policy within a budget of KL divergence from the base model, by measuring it.
+"""A budget for a trained policy's measured KL divergence from the base model.
 
-When training ends the policy draws completions for a few prompts and its KL from the base model is
-measured on them as the evaluation does it. If it exceeds the budget, the trained weights (of an
-adapter, its own) go back on the straight line to where they started, to the farthest point that is
-within it. A finished training taken back in this way wins more for its KL than one that is stopped
-early (docs/benchmarks.md), as an unfinished one still has its noise.
+When training ends, the policy draws completions for a few prompts, and its KL from the base model
+is measured on them as in the evaluation. If it exceeds the budget, the trained weights (an
+adapter's own) move back along the straight line to their start, to the farthest point within the
+budget. A finished training moved back in this way wins more for its KL than one that is stopped
+early (docs/benchmarks.md), whose weights are noisier.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bonbon.sampling.transformers import TransformersSampler
 from bonbon.system.errors import BonbonError
 from bonbon.system.processes import from_main_process
 
-_HALVINGS = 6  # of the line to the base model: the point that is kept is known to 2% of it
+_HALVINGS = 6  # of the line to the base model, which locates the point to within 2%
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ class MeasuredKL:
     standard_error: float
 
     def within(self, budget: float) -> bool:
-        """Whether the KL is within a budget even if it is two standard errors larger."""
+        """Return whether KL + two standard errors is within a budget."""
         return self.value + 2 * self.standard_error <= budget
 
 
 @dataclass(frozen=True)
 class KLMeter:
-    """Measures KL(policy ‖ base) on completions that the policy draws.
+    """A meter of KL(policy ‖ base) on completions that the policy draws.
 
     Args:
         base: the base model, on the policy's device; `base_of` makes it.
         processing_class: the tokenizer, for the end tokens.
-        prompts: to draw for; the same draws' random numbers are used at every measurement.
+        prompts: to draw for; every measurement uses the same random numbers.
         config: the temperature, the longest completion and the completions a prompt.
     """
 
@@ -67,7 +67,7 @@ class KLMeter:
     config: SamplingConfig
 
     def __call__(self, policy: Any) -> MeasuredKL:
-        """Sample and measure; the policy's training mode is as before afterwards."""
+        """Sample and measure; the policy's training mode is restored."""
         was_training = policy.training
         policy.eval()
         try:
@@ -97,16 +97,16 @@ class _WithoutAdapter:
 
 
 def base_of(policy: PreTrainedModel | PeftModel) -> Any:
-    """The model that training starts from: a PEFT model without its adapter, else a copy."""
+    """Return the model that training starts from: a PEFT model without its adapter, or a copy."""
     if isinstance(policy, PeftModel):
         return _WithoutAdapter(policy)
     return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
 class KLBudgetCallback(TrainerCallback):
-    """At the end of training, takes the weights back until the measured KL is within `budget`.
+    """A callback that moves the final weights back until the measured KL is within `budget`.
 
-    `history` holds the measurements as (share of the way from the base model, KL); the trainer's
+    `history` holds the measurements as (share of the line from the base model, KL); the trainer's
     log history has them as `kl`, and the share that was kept as `kl_budget_share`.
     """
 
@@ -142,7 +142,7 @@ class KLBudgetCallback(TrainerCallback):
         state.log_history.append({"step": state.global_step, "kl_budget_share": kept})
 
     def _measure(self, model: Any, share: float, state: TrainerState) -> MeasuredKL:
-        # In one process, or differences in the last digit could part the processes' ways.
+        # In one process: differences in the last digit could make processes decide differently.
         kl = from_main_process(lambda: self.meter(model))
         if not math.isfinite(kl.value):
             raise BonbonError("the training diverged: its KL is not finite; lower learning_rate")

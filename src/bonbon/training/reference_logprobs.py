@@ -1,9 +1,9 @@
-"""The base model's log-probabilities, computed anew before the first step.
+"""The base model's log-probabilities, recomputed before the first step.
 
-Another engine's (vLLM's, a server's) differ from the trainer's numerics by more than rounding:
-other kernels, other dtypes, tokens of a probability close to 0. The objectives compare the policy
-with its own start, so at the first step the two should be the same. It takes a forward pass over
-the groups, shared out over the processes as the batches are: about a third of an epoch's work.
+Those of another engine (vLLM, a server) differ from the trainer's by more than rounding: other
+kernels, other dtypes, tokens of a probability close to 0. The objectives compare the policy with
+its own start, so at the first step the two should be the same. Recomputing takes a forward pass
+over the groups, shared by the processes as the batches are: about a third of an epoch's work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILE = "reference_logps.safetensors"
 
 
 def wants_recomputing(asked: str | None, provenance: Mapping[str, Any]) -> bool:
-    """Whether log-probabilities are computed anew: as asked, else where another engine drew."""
+    """Return whether to recompute log-probabilities: as asked, else if another engine drew."""
     if asked is not None:
         return asked == "recompute"
     return provenance.get("sampler", "transformers") != "transformers"
@@ -63,7 +63,7 @@ class ReferenceLogprobs(TrainerCallback):
             save_file(known, path, metadata=_digests(self._groups))
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Compute them from the model as it is, once: later it is no longer the base model."""
+        """Compute them from the current model, once: later it is no longer the base model."""
         if self._known is None:
             self._put({name: self._logprobs_of(it) for name, it in self._groups.items()})
         assert self._known is not None

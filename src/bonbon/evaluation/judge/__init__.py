@@ -1,21 +1,21 @@
 """Win rates by a judge: a model behind an OpenAI-compatible endpoint compares two completions.
 
-Every comparison is asked in both orders, so that a judge's liking for the first (or the second)
-answer cancels. A judgement is kept as soon as it is there: a run that was stopped, or whose server
-went away, goes on where it was, and what is known is never asked again. The judgements lie in a
-Parquet file; its metadata's key `bonbon` names the judge.
+Every comparison is asked in both orders, so that a judge's preference for the first (or the second)
+answer cancels. Each judgement is kept at once: a run that was stopped, or lost its server, resumes,
+and known judgements are never asked for again. They are kept in a Parquet file; its metadata's key
+`bonbon` names the judge.
 
 | column | type | meaning |
 |---|---|---|
 | `key` | string | SHA-256 of the request: model, wording, texts in order, `max_tokens`, `extra` |
-| `prompt_id` | string | of the comparison that asked first, where several have the same texts |
+| `prompt_id` | string | of the first comparison, where several have the same texts |
 | `draw` | int32 | likewise |
 | `swapped` | bool | whether `theirs` was shown first; likewise |
 | `verdict` | string, or null | `first`, `second` or `tie`; null where none could be read |
-| `reply` | string | what the judge said |
+| `reply` | string | the judge's reply |
 
-While a run goes on, each judgement is a line of the journal beside that file
-(`NAME.journal.jsonl`), which is folded into it at the end. Loads no torch.
+During a run, each judgement is a line of a journal beside that file (`NAME.journal.jsonl`), which
+is merged into it at the end. Loads no torch.
 """
 
 from __future__ import annotations
@@ -52,30 +52,30 @@ def judge_comparisons(
     path: Path,
     progress: Callable[[int], Any] | None = None,
 ) -> list[float]:
-    """The judge's preference for `ours` in each comparison, in {0, 1/4, 1/2, 3/4, 1}.
+    """Ask the judge for its preference for `ours` in each comparison, in {0, 1/4, 1/2, 3/4, 1}.
 
-    It is the mean over both orders of 1 for a win and 1/2 for a tie, and NaN where the judge gave
-    no readable verdict in one of them; such a judgement is kept too and not asked again. Two equal
-    texts tie without being asked or kept. Texts that occur twice are asked once.
+    The preference is the mean over both orders of 1 for a win and 1/2 for a tie. It is NaN if
+    either order has no readable verdict; such a judgement is kept too and not asked for again. Two
+    equal texts tie without a request. Texts that occur twice are asked for once.
 
-    Judgements belong to the judge's name and what it is sent, not to its address: a server may
-    move. `path` is the Parquet file of judgements; those of earlier runs are used. One process at a
-    time may work on it. `progress` is called with the number of orders settled since its last call,
-    2 · len(comparisons) in all.
+    A judgement is identified by the judge's name and the request, not by the address: a server may
+    move. `path` is the Parquet file of judgements; those of earlier runs are used. Only one process
+    at a time may use it. `progress` is called with the number of orders settled since its last
+    call, 2 · len(comparisons) in all.
 
-    A request that fails in passing (no connection, timeout, status 408, 409, 425, 429 or 5xx, an
-    answer without a reply in it) is tried again up to `config.retries` times, with pauses that
-    double up to a minute or are as long as the server asks for. A reply without a verdict is asked
-    for again as often, with short pauses, since the server is well. A request that is refused for
-    itself (status 400, 413 or 422: too long, or filtered) is kept as one without a verdict, unless
-    the judge refuses all it is asked.
+    A request with a temporary failure (no connection, timeout, status 408, 409, 425, 429 or 5xx, an
+    answer without a reply in it) is retried up to `config.retries` times, with pauses that double
+    up to a minute or are as long as the server asks for. A reply without a verdict is asked for
+    again as often, with short pauses. A request that the judge refuses for its content (status 400,
+    413 or 422: too long, or filtered) is kept as one without a verdict, unless the judge refuses
+    all requests.
 
-    The key goes only to an https address or to this machine itself. Redirects are not followed,
-    and requests to this machine pass by any proxy.
+    The key is sent only to an https address or to this machine itself. Redirects are not followed,
+    and requests to this machine bypass any proxy.
 
     Raises BonbonError when the endpoint refuses or does not answer, when its address or the key
     cannot be used, or when `path` cannot be written or holds another judge's judgements. On any
-    error and on KeyboardInterrupt, what was judged so far is kept.
+    error and on KeyboardInterrupt, the judgements so far are kept.
     """
     known = open_judgements(path, config.model)
     questions = {key_of(config, q): q for c in comparisons for q in orders(c)}
@@ -89,7 +89,7 @@ def judge_comparisons(
                 ask_all(
                     judge,
                     missing,
-                    lambda found: keep_judgement(found, path, known),
+                    lambda judgement: keep_judgement(judgement, path, known),
                     report,
                     has_replied,
                 )
@@ -97,7 +97,7 @@ def judge_comparisons(
         raise BonbonError(
             f"the judge at {url_of(config)} does not answer ({error}); "
             f"{len(questions.keys() & known.keys())} of {len(questions)} judgements are kept in "
-            f"{path}; the same command goes on"
+            f"{path}; the same command resumes"
         ) from error
     finally:
         fold_journal(path, config.model, known)

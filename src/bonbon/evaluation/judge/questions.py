@@ -1,4 +1,4 @@
-"""What the judge is asked, and what its verdicts come to."""
+"""The requests to the judge, and the preferences that its verdicts give."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ good."""
 
 @dataclass(frozen=True)
 class Comparison:
-    """One completion against another for the same prompt; `draw` numbers those of a prompt."""
+    """A pair of completions of one prompt to compare; `draw` numbers a prompt's comparisons."""
 
     prompt_id: str
     prompt: Prompt
@@ -60,21 +60,21 @@ class Question:
 
     @property
     def answers(self) -> tuple[str, str]:
-        """The two texts as they are shown, first and second."""
+        """The two texts in the order shown."""
         texts = self.comparison.ours, self.comparison.theirs
         return texts[::-1] if self.swapped else texts
 
 
 def orders(comparison: Comparison) -> list[Question]:
-    """A comparison's two questions; none where its texts are equal, which tie unasked."""
+    """Return a comparison's two questions; none if its texts are equal, which is a tie."""
     if comparison.ours == comparison.theirs:
         return []
     return [Question(comparison, False), Question(comparison, True)]
 
 
 def request_of(config: JudgeConfig, question: Question) -> dict[str, Any]:
-    """The body of a request. `config.extra` goes over our own fields, and null leaves one out."""
-    # One message of the user: some models' templates refuse a system message.
+    """Build the body of a request. `config.extra` overrides our fields; null leaves one out."""
+    # A single user message: some models' templates refuse a system message.
     content = _prompt(config.criteria, question.comparison.prompt, *question.answers)
     fields = {"temperature": 0, "max_tokens": config.max_tokens} | config.extra
     return {
@@ -85,7 +85,7 @@ def request_of(config: JudgeConfig, question: Question) -> dict[str, Any]:
 
 
 def _prompt(criteria: str, prompt: Prompt, first: str, second: str) -> str:
-    """What the judge reads. No answer can write the mark, which depends on all of its text."""
+    """Build the judge's prompt. An answer cannot contain the mark, a hash of all the texts."""
     texts = [as_text(prompt), first, second]
     mark = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
     shown = dict(zip(("prompt", "first", "second"), texts, strict=True))
@@ -93,37 +93,36 @@ def _prompt(criteria: str, prompt: Prompt, first: str, second: str) -> str:
 
 
 def key_of(config: JudgeConfig, question: Question) -> str:
-    """The SHA-256 of the request, as 64 hexadecimal digits."""
-    # ASCII with escapes, so that lone surrogates have a hash too.
+    """Compute the SHA-256 of the request, as 64 hexadecimal digits."""
+    # ASCII with escapes, so that lone surrogates can be hashed.
     text = json.dumps(request_of(config, question), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parse_verdict(reply: str) -> str | None:
-    """'first', 'second' or 'tie', by the marks [[A]], [[B]], [[C]] or [[tie]]; None without one.
+    """Read 'first', 'second' or 'tie' from [[A]], [[B]], [[C]] or [[tie]]; None without one.
 
-    The last line decides; where it has no mark, all marks of the reply together. Marks that do not
-    agree are no verdict: such a line repeats what it was asked for. Upper and lower case are the
-    same. What a reasoning model thinks, up to `</think>` (or from a `<think>` at the beginning that
-    is never closed), is no part of its verdict.
+    The last line decides; if it has no mark, all marks of the reply do. Marks that disagree are no
+    verdict: such a line repeats the instructions. Case is ignored. A reasoning model's thoughts, up
+    to `</think>` (or after an opening `<think>` that is never closed), are ignored.
     """
-    said = reply.rpartition("</think>")[2].strip()
-    if said.startswith("<think>"):
+    answer = reply.rpartition("</think>")[2].strip()
+    if answer.startswith("<think>"):
         return None
-    last_line = said.rpartition("\n")[2]
-    marks = _marks(last_line) or _marks(said)
+    last_line = answer.rpartition("\n")[2]
+    marks = _marks(last_line) or _marks(answer)
     return marks.pop() if len(marks) == 1 else None
 
 
 def _marks(text: str) -> set[str]:
-    found = re.findall(r"\[\[\s*(a|b|c|tie)\s*\]\]", text, re.IGNORECASE | re.ASCII)
-    return {_VERDICTS[mark.lower()] for mark in found}
+    marks = re.findall(r"\[\[\s*(a|b|c|tie)\s*\]\]", text, re.IGNORECASE | re.ASCII)
+    return {_VERDICTS[mark.lower()] for mark in marks}
 
 
 def preference_of(
     config: JudgeConfig, comparison: Comparison, known: Mapping[str, Judgement]
 ) -> float:
-    """In {0, 1/4, 1/2, 3/4, 1}, or NaN, by the judgements of both orders, which must be known."""
+    """Compute the preference from both orders' judgements, which must be known; may be NaN."""
     questions = orders(comparison)
     if not questions:
         return 0.5

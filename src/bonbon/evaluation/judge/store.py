@@ -1,4 +1,4 @@
-"""Judgements on disk: a Parquet file, and the journal of a run that goes on."""
+"""Judgements on disk: a Parquet file, and the journal of the current run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of one request: one of the two orders of a comparison (see the package's table)."""
+    """The result of one request: one of the two orders of a comparison (see `evaluation.judge`)."""
 
     key: str
     prompt_id: str
@@ -41,27 +41,28 @@ class Judgement:
 
 
 def read_judgements(path: Path) -> list[Judgement]:
-    """The judgements of a file and of its journal, if a run was killed; one a key.
+    """Read the judgements of a file, and of its journal if a run was killed; one a key.
 
-    Lone surrogates in texts have become "?". Raises BonbonError when there is none, or when it is
-    not a Parquet file of judgements.
+    Lone surrogates in texts have become "?". Raises BonbonError when there is no file, or when it
+    is not a Parquet file of judgements.
     """
     _, kept = _read_parquet(path)
     return list(_by_key([*kept, *_read_journal(path)]).values())
 
 
 def open_judgements(path: Path, model: str) -> dict[str, Judgement]:
-    """What is known, by key. Makes the file, so that a journal always has one that names its judge.
+    """Read the known judgements, by key, and create the file if there is none.
 
-    So a folder that cannot be written shows before anything is asked.
+    So a journal always has a file that names its judge, and a folder that cannot be written fails
+    before the first request.
     """
     if not path.exists():
         _write_parquet(path, model, [])
-    found, kept = _read_parquet(path)
-    if found != model:
+    judge, kept = _read_parquet(path)
+    if judge != model:
         raise BonbonError(
-            f"{path} holds judgements by {found!r}, not by {model!r}; delete it or choose another "
-            "place"
+            f"{path} holds judgements by {judge!r}, not by {model!r}; delete it or choose another "
+            "file"
         )
     known = _by_key([*kept, *_read_journal(path)])
     fold_journal(path, model, known)
@@ -73,7 +74,7 @@ def _by_key(judgements: Iterable[Judgement]) -> dict[str, Judgement]:
 
 
 def keep_judgement(judgement: Judgement, path: Path, known: dict[str, Judgement]) -> None:
-    """Add a judgement to the journal and to what is known. Raises BonbonError when that fails."""
+    """Add a judgement to the journal and to `known`. Raises BonbonError when that fails."""
     known[judgement.key] = judgement
     journal = _journal_path(path)
     try:
@@ -86,7 +87,7 @@ def keep_judgement(judgement: Judgement, path: Path, known: dict[str, Judgement]
 
 
 def fold_journal(path: Path, model: str, known: Mapping[str, Judgement]) -> None:
-    """Move the journal into the file; a stop in between leaves both, which say the same."""
+    """Merge the journal into the file; a stop in between leaves both, which agree."""
     journal = _journal_path(path)
     if journal.exists():
         _write_parquet(path, model, known.values())
@@ -105,17 +106,17 @@ def _read_journal(path: Path) -> list[Judgement]:
         lines = journal.read_bytes().split(b"\n")
     except OSError as error:
         raise BonbonError(f"cannot read {journal}: {error.strerror or error}") from error
-    found = []
+    judgements = []
     for line in lines:
         try:
-            found.append(Judgement(**json.loads(line)))
-        except (ValueError, TypeError):  # torn by a stop: it is asked again
+            judgements.append(Judgement(**json.loads(line)))
+        except (ValueError, TypeError):  # cut off by a stop: it is asked for again
             continue
-    return found
+    return judgements
 
 
 def _read_parquet(path: Path) -> tuple[str, list[Judgement]]:
-    """The judge's model and its judgements."""
+    """Read the judge's model and its judgements."""
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
@@ -124,7 +125,7 @@ def _read_parquet(path: Path) -> tuple[str, list[Judgement]]:
     if "judge" not in record or record.get("schema_version") != SCHEMA_VERSION:
         raise BonbonError(
             f"{path} holds no judgements of schema version {SCHEMA_VERSION}; delete it or choose "
-            "another place"
+            "another file"
         )
     return record["judge"], [Judgement(**row) for row in table.to_pylist()]
 

@@ -1,7 +1,7 @@
 """OpenAI's error objects, and JSON as the server writes it.
 
-Every error is a `BackendError` before it is written, whether the backend, the request or the
-framework made it. `kind` is OpenAI's `type`.
+Every error is a `BackendError` before it is written, whether it comes from the backend, the request
+or the framework. `kind` is OpenAI's `type`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from starlette.responses import Response
 from bonbon.serve.answers import bad_request
 from bonbon.serve.backend import BackendError
 
-CLIENT_GONE = 499  # nobody reads it; for the log and the metrics
+CLIENT_GONE = 499  # sent to nobody; for the log and the metrics
 
 
 def json_bytes(value: Any) -> bytes:
-    """JSON in UTF-8; half a surrogate pair, which UTF-8 does not have, becomes a question mark."""
+    """Return JSON in UTF-8; a lone surrogate, which UTF-8 cannot hold, becomes a question mark."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode(errors="replace")
 
@@ -31,12 +31,12 @@ def json_bytes(value: Any) -> bytes:
 def json_response(
     value: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A response of JSON."""
+    """Return a JSON response."""
     return Response(json_bytes(value), status, headers, media_type="application/json")
 
 
 def error_object(error: BackendError) -> dict[str, Any]:
-    """What a client reads of an error."""
+    """Return an error as the JSON object that clients get."""
     return {
         "error": {
             "message": error.message,
@@ -48,7 +48,7 @@ def error_object(error: BackendError) -> dict[str, Any]:
 
 
 def error_response(error: BackendError, headers: Mapping[str, str] | None = None) -> Response:
-    """An error with its status, and Retry-After where it says when to try again."""
+    """Return an error as a response with its status, and Retry-After if it is known."""
     after = {}
     if error.retry_after is not None:
         after["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -56,22 +56,22 @@ def error_response(error: BackendError, headers: Mapping[str, str] | None = None
 
 
 def internal_error() -> BackendError:
-    """What clients learn of an exception that nobody expected."""
-    return BackendError("the server made a mistake; its log has more", 500, "server_error")
+    """Return the error of an unexpected exception, without its details."""
+    return BackendError("the server failed unexpectedly; see its log", 500, "server_error")
 
 
 def stopping() -> BackendError:
-    """The error of a request that the server stops before or under."""
+    """Return the error of a request that cannot finish because the server stops."""
     return BackendError("the server is stopping", 503, "server_error", "stopping")
 
 
 def client_gone() -> BackendError:
-    """The end of a request that nobody waits for any more."""
+    """Return the error of a request whose client has disconnected."""
     return BackendError("the client went away", CLIENT_GONE, "client_gone", "client_gone")
 
 
 def unauthorised() -> BackendError:
-    """The error of a wrong or missing key."""
+    """Return the error of a wrong or missing key."""
     return BackendError(
         "the API key is missing or wrong; send it as Authorization: Bearer KEY",
         401,
@@ -81,10 +81,10 @@ def unauthorised() -> BackendError:
 
 
 def wrong_host() -> BackendError:
-    """The error of a request that names another machine as its host."""
+    """Return the error of a request whose Host header names another machine."""
     return BackendError(
-        "without a key this server answers to localhost, 127.0.0.1 and [::1] alone; ask for one of "
-        "them, or start it with a key",
+        "without a key this server answers only to localhost, 127.0.0.1 and [::1]; use one of "
+        "these addresses, or start it with a key",
         403,
         "invalid_request_error",
         "wrong_host",
@@ -92,7 +92,7 @@ def wrong_host() -> BackendError:
 
 
 def routing_error(request: Request, error: HTTPException) -> BackendError:
-    """The error of an address or a method that there is not, in our shape."""
+    """Return the framework's error of an unknown address or method as a BackendError."""
     where = f"{request.method} {request.scope.get('raw_path', b'').decode('ascii', 'replace')}"
     if error.status_code == 404:
         return BackendError(
@@ -104,10 +104,10 @@ def routing_error(request: Request, error: HTTPException) -> BackendError:
 
 
 def invalid_fields(error: ValidationError, values: Any) -> BackendError:
-    """The error of a request whose fields are wrong, naming the most deeply nested wrong one.
+    """Return the error of a request with wrong fields, naming the most deeply nested one.
 
-    A union reports each of its members; the one that fits best fails deepest. What was sent is not
-    repeated.
+    pydantic reports each member of a union; the member that fits best fails deepest. The value that
+    was sent is not repeated.
     """
     problems = [(_path(problem, values), problem) for problem in error.errors()]
     deepest = max(problems, key=lambda item: len(item[0]))[0]
@@ -125,7 +125,7 @@ def _message(problem: Mapping[str, Any]) -> str:
 
 
 def _path(problem: Mapping[str, Any], values: Any) -> tuple[int | str, ...]:
-    """The place of an error in what was sent; the names of a union's members are no part of it."""
+    """Return the path of an error in the request, without the names of a union's members."""
     path: list[int | str] = []
     for part in problem["loc"]:
         inside = part in values if isinstance(values, dict) else isinstance(values, list)

@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI knows of the routes, and the bodies that we read ourselves."""
+"""The OpenAPI document: FastAPI's own, and the request bodies that FastAPI does not read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bonbon.serve.api.requests import (
 from bonbon.serve.api.schemas import ErrorReply
 from bonbon.serve.config import ServeConfig
 
-# What can go wrong with a request for choices.
+# Error statuses of a request for choices.
 GENERATION = (400, 404, 408, 413, 415, 429, 500, 502, 503, 504)
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -38,12 +38,12 @@ _STRATEGY = {
         {"type": "null"},
     ]
 }
-# An event of a stream; FastAPI describes its own in this way.
+# An event of a stream, in the form that FastAPI uses.
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """A route's errors, by status."""
+    """Return a route's error responses by status."""
     return {status: {"model": ErrorReply} for status in statuses}
 
 

@@ -1,4 +1,4 @@
-"""From answers to OpenAI's objects."""
+"""Conversion of answers to OpenAI's objects."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from bonbon.serve.api.schemas import (
 )
 from bonbon.serve.backend import Answer, AnswerJob, Choice, TokenLogprob
 
-_UNLIKELY = -9999.0  # what OpenAI writes for −∞, which JSON has not
+_UNLIKELY = -9999.0  # OpenAI's value for −∞, which JSON cannot hold
 
 
-# --- what both routes have ------------------------------------------------------------------------
+# --- both routes ----------------------------------------------------------------------------------
 
 
 def usage_of(answers: Sequence[Answer]) -> UsageObject:
-    """The usage of a request, its prompts together."""
+    """Return the token usage of a request, summed over its prompts."""
     prompt = sum(answer.prompt_tokens for answer in answers)
     drawn = sum(answer.cost.generated for answer in answers)
     return UsageObject(prompt_tokens=prompt, completion_tokens=drawn, total_tokens=prompt + drawn)
 
 
 def indexed(job: AnswerJob, answers: Sequence[Answer]) -> list[tuple[int, Choice]]:
-    """The choices of all prompts with OpenAI's indices."""
+    """Return the choices of all prompts with OpenAI's indices."""
     return [
         (prompt * job.choices + place, choice)
         for prompt, answer in enumerate(answers)
@@ -52,7 +52,7 @@ def indexed(job: AnswerJob, answers: Sequence[Answer]) -> list[tuple[int, Choice
 def _envelope(
     request_id: str, job: AnswerJob, answers: Sequence[Answer], candidates: bool
 ) -> dict[str, Any]:
-    """What stands around the choices."""
+    """Return the fields of a reply other than the choices."""
     return {
         "id": request_id,
         "created": int(time.time()),
@@ -63,7 +63,7 @@ def _envelope(
 
 
 def details_of(job: AnswerJob, answers: Sequence[Answer], candidates: bool) -> Details:
-    """How the choices of a request came about; its candidates where they are wanted."""
+    """Return how the choices of a request were made, with its candidates if asked for."""
     cost = sum((answer.cost for answer in answers), Cost())
     return Details(
         strategy=describe_strategy(job.strategy),
@@ -111,7 +111,7 @@ def _number(value: float | None) -> float | None:
 def chat_completion(
     request_id: str, job: AnswerJob, answers: Sequence[Answer], candidates: bool
 ) -> dict[str, Any]:
-    """The answer to a chat."""
+    """Return the reply to a chat."""
     choices = [
         ChatChoice(
             index=index,
@@ -149,7 +149,7 @@ def _logprob(value: float) -> float:
 
 
 def _bytes(token: str) -> list[int] | None:
-    """A token's bytes; None where a part of a character stands for bytes that are not known."""
+    """Return a token's bytes; None for a part of a character, whose bytes are not known."""
     return None if "\ufffd" in token else list(token.encode(errors="replace"))
 
 
@@ -163,7 +163,7 @@ def _reason(choice: Choice) -> FinishReason:
 def completion(
     request_id: str, job: AnswerJob, answers: Sequence[Answer], candidates: bool
 ) -> dict[str, Any]:
-    """The answer to one or more prompts; `job` is the first prompt's."""
+    """Return the reply to one or more prompts; `job` is the first prompt's."""
     choices = [
         CompletionChoice(
             index=index,

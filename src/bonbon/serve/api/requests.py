@@ -1,8 +1,8 @@
-"""Requests as they come in: OpenAI's fields, and ours.
+"""Request bodies: OpenAI's fields, and BoNBoN's own.
 
-Types are strict: "5" is no number. What would change the answer and cannot be done is an error that
-names the field, unless the backend passes it on; what changes nothing is dropped. An explicit null
-is the same as leaving a field out.
+Types are strict: "5" is not a number. An unsupported field that would change the answer is an error
+that names it, unless the backend passes it on; a field that changes nothing is dropped. An explicit
+null is the same as leaving a field out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import (
 from bonbon.serve.answers import bad_request
 from bonbon.serve.api.errors import invalid_fields
 
-# Taken and not looked at: they change nothing about an answer.
+# Accepted and ignored: they do not change an answer.
 IGNORED = frozenset(
     {
         "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention",
@@ -32,7 +32,7 @@ IGNORED = frozenset(
     }
 )  # fmt: skip
 
-# Taken with these values alone, which ask for nothing (null always is one).
+# Accepted only with these values, which ask for nothing (null is always accepted).
 NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "audio": (),
@@ -54,7 +54,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     }
 )
 
-_MOST_FIELDS = 100  # each unknown one would be named in the error
+_MOST_FIELDS = 100  # the error names each unknown one
 _LARGEST_TOP_K = 2**31 - 1
 _GREEDY = "below 0.00001: the most likely token, and as many candidates as choices"
 
@@ -64,14 +64,14 @@ class _Fields(BaseModel):
 
 
 class TextPart(_Fields):
-    """A part of a message's content; there are only texts."""
+    """A text part of a message's content; other kinds are not supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(_Fields):
-    """A message of a chat. A tool's calls cannot be given to the model."""
+    """A message of a chat. Tool calls cannot be given to the model."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
@@ -86,21 +86,21 @@ class Message(_Fields):
 
     @property
     def text(self) -> str:
-        """The content, its parts joined."""
+        """The content as one text."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
 
 
 class StreamOptions(_Fields):
-    """What a stream has beside its choices."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = Field(None, description="ignored")
 
 
 class BonbonOptions(_Fields):
-    """Further wishes of our own."""
+    """Options of BoNBoN's own."""
 
     return_candidates: bool | None = Field(
         None, description="answer with all candidates and their rewards"
@@ -108,7 +108,7 @@ class BonbonOptions(_Fields):
 
 
 class GenerationRequest(_Fields):
-    """What both routes take."""
+    """The fields that both routes accept."""
 
     model: str | None = Field(None, description="null: the server's first")
     n: int | None = Field(None, ge=1, description="choices to return; null: 1")
@@ -116,7 +116,7 @@ class GenerationRequest(_Fields):
         None, ge=1, description="candidates to draw, at least n; null: the server's default"
     )
     strategy: str | dict[str, Any] | None = Field(
-        None, description="how one is chosen: a name, or {name: NAME, setting: value, …}"
+        None, description="how the best is chosen: a name, or {name: NAME, setting: value, …}"
     )
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2, description=_GREEDY)
@@ -135,7 +135,7 @@ class GenerationRequest(_Fields):
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` is only taken with `stream: true`")
+            raise ValueError("`stream_options` needs `stream: true`")
         if self.best_of is not None and self.best_of < (self.n or 1):
             raise ValueError("`best_of` is less than `n`: choices are taken from the candidates")
         return self
@@ -152,12 +152,12 @@ class GenerationRequest(_Fields):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
+        """True if a stream ends with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def return_candidates(self) -> bool:
-        """Whether the answer shows all candidates."""
+        """True if the answer shows all candidates."""
         return bool(self.bonbon and self.bonbon.return_candidates)
 
 
@@ -201,12 +201,12 @@ Kind = TypeVar("Kind", bound=GenerationRequest)
 def parse_request(
     kind: type[Kind], values: Any, passthrough: frozenset[str]
 ) -> tuple[Kind, dict[str, Any]]:
-    """A checked request, and the fields that are passed on.
+    """Return a checked request, and the fields that are passed on.
 
-    Raises BackendError naming the field that is unknown, wrong, or asks for what cannot be done.
+    Raises BackendError naming the field that is unknown, wrong or unsupported.
     """
     if not isinstance(values, dict):
-        raise bad_request("the body is no JSON object", "invalid_value")
+        raise bad_request("the body is not a JSON object", "invalid_value")
     strategy = values.get("strategy")
     if len(values) > _MOST_FIELDS or (isinstance(strategy, dict) and len(strategy) > _MOST_FIELDS):
         raise bad_request(f"more than {_MOST_FIELDS} fields", "invalid_value")
@@ -230,7 +230,7 @@ def parse_request(
 
 
 def _whole(value: Any) -> Any:
-    """To JSON Schema, and some clients, 2.0 is an integer."""
+    """Return an integral float as an int: to JSON Schema and some clients, 2.0 is an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -1,4 +1,4 @@
-"""What goes out: OpenAI's objects, with `bonbon` beside them."""
+"""Response bodies: OpenAI's objects with a further field `bonbon`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class UsageObject(BaseModel):
-    """Tokens. Completion tokens are all that were drawn, those of rejected candidates included."""
+    """Token counts. Completion tokens include those of rejected candidates."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -18,7 +18,7 @@ class UsageObject(BaseModel):
 
 
 class CostObject(BaseModel):
-    """What the answer cost; see `bonbon.sampling.cost.Cost`."""
+    """The cost of an answer; see `bonbon.sampling.cost.Cost`."""
 
     generated: int
     prefilled: int
@@ -27,7 +27,7 @@ class CostObject(BaseModel):
 
 
 class CandidateObject(BaseModel):
-    """A drawn completion. `choice` is the index of the choice that it became, if any."""
+    """A drawn completion. `choice` is its index among the choices, if it was chosen."""
 
     prompt: int
     text: str
@@ -38,7 +38,7 @@ class CandidateObject(BaseModel):
 
 
 class Details(BaseModel):
-    """How the choices came about. `rewards` has one number a choice."""
+    """A record of how the choices were made. `rewards` has one number a choice."""
 
     strategy: dict[str, Any]
     rewards: list[float | None]
@@ -70,7 +70,7 @@ class ChatLogprobs(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """The tokens of a completion, and where in the text they begin (characters)."""
+    """The tokens of a completion, and their offsets in the text (characters)."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -105,7 +105,7 @@ class CompletionChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The answer to a chat."""
+    """The reply to a chat."""
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -117,7 +117,7 @@ class ChatCompletion(BaseModel):
 
 
 class Completion(BaseModel):
-    """The answer to one or more prompts."""
+    """The reply to one or more prompts."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -145,13 +145,13 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether a request has a chance now."""
+    """The server's state."""
 
     status: Literal["ok", "unavailable", "stopping"]
 
 
 class ErrorObject(BaseModel):
-    """What is wrong; `param` is the field."""
+    """A description of an error; `param` names the wrong field."""
 
     message: str
     type: str
@@ -160,6 +160,6 @@ class ErrorObject(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """An error."""
+    """The reply to a request that failed."""
 
     error: ErrorObject

@@ -1,8 +1,8 @@
-"""An answer as server-sent events.
+"""Replies as server-sent events.
 
-Which candidate is the best is not known before all are there, so a stream begins once it is chosen.
-Until then it says nothing for `keepalive` seconds, and an error has its HTTP status; after that it
-begins with comments, which clients pass over, and an error is an event.
+The best candidate is known only when all are drawn, so nothing can be streamed before. If that
+takes less than `keepalive` seconds, an error still has its HTTP status. After that the stream
+begins with comments, which clients ignore, and an error is an event.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from bonbon.serve.backend import BackendError
 
 _log = logging.getLogger(__name__)
 
-# Words with the blanks before them; long ones (many scripts have no blanks) in several pieces.
+# Words with the spaces before them; long ones (many scripts have no spaces) in several pieces.
 _PIECE = re.compile(r"\s*\S{1,40}|\s+")
 
 
 class EventStream(Response):
-    """Streams a whole answer once `work` brings it; sends comments while that takes long.
+    """A response that streams a reply once `work` returns it, and sends comments until then.
 
     Args:
-        work: makes the answer, given the request's `receive`.
-        include_usage: whether a last chunk has the usage.
+        work: makes the reply, given the request's `receive`.
+        include_usage: whether to add a last chunk with the usage.
         keepalive: seconds between comments, and before the first one.
     """
 
@@ -93,10 +93,10 @@ def _events(task: asyncio.Future[dict[str, Any]], include_usage: bool) -> Iterat
 
 
 def chunks(whole: dict[str, Any], include_usage: bool) -> Iterator[dict[str, Any]]:
-    """A whole answer as the chunks of a stream.
+    """Split a reply into the chunks of a stream.
 
-    The choices' pieces take turns. All of a choice's log-probabilities come with its first piece,
-    since pieces are no tokens; `bonbon` comes with the last chunk.
+    The pieces of the choices alternate. All log-probabilities of a choice come with its first
+    piece, since pieces are not tokens; `bonbon` comes with the last chunk.
     """
     chat = whole["object"] == "chat.completion"
     usage: dict[str, Any] = {"usage": None} if include_usage else {}
@@ -143,5 +143,5 @@ def _text_parts(choice: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def pieces(text: str) -> list[str]:
-    """A text in pieces that join to it, at least one."""
+    """Split a text into one or more pieces; joined, they are the text again."""
     return _PIECE.findall(text) or [""]

@@ -1,9 +1,9 @@
 """Best-of-n on a model in this process.
 
 One thread owns the model. It takes the job that has waited longest and, up to a budget of tokens,
-all others that are drawn alike, and runs their strategy on them together. A draw is keyed by its
-job and its number and not by its batch (`sampling.random_streams`), so an answer does not depend on
-what else is answered. A job that arrives meanwhile waits for the next batch.
+all others with the same settings, and runs their strategy on them together. A draw is keyed by its
+job and its number, not by its batch (`sampling.random_streams`), so an answer does not depend on
+the other jobs. A job that arrives meanwhile waits for the next batch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CLOSE_SECONDS = 10.0  # a reward that hangs cannot be stopped
 
 
 class _StoppedError(Exception):
-    """Nobody waits for the batch any more."""
+    """Raised in a batch that nobody waits for any more."""
 
 
 class LocalBackend:
@@ -53,8 +53,8 @@ class LocalBackend:
     Args:
         model: a causal language model in evaluation mode; nothing else may use it meanwhile.
         processing_class: its tokenizer.
-        reward: what candidates are chosen by, if anything.
-        name: what requests call the model.
+        reward: what candidates are chosen by; None: only strategies that need none.
+        name: the model's name in requests.
         max_batch_tokens: prompt and completion tokens drawn together.
     """
 
@@ -89,11 +89,11 @@ class LocalBackend:
         return (self.name,)
 
     async def healthy(self) -> bool:
-        """Whether the model's thread runs."""
+        """Return whether the model's thread runs."""
         return self._thread.is_alive() and not self._closing
 
     async def close(self) -> None:
-        """Stop the batch that runs and refuse the jobs that wait."""
+        """Stop the running batch and refuse waiting jobs."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -135,7 +135,7 @@ class LocalBackend:
             encoded.pending.settle(_stopping())
 
     def _take_arrived(self, queue: list[EncodedJob]) -> bool:
-        """Wait until there is a job, and take all there are; False when the backend closes."""
+        """Wait for a job and take all that have arrived; return False when the backend closes."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or self._arrived or queue)
             arrived, self._arrived = self._arrived, []
@@ -172,13 +172,13 @@ class LocalBackend:
         return prompt
 
     def _run(self, batch: list[EncodedJob]) -> None:
-        """Answer a batch; where it fails as a whole, each of its jobs alone."""
+        """Answer a batch; if it fails as a whole, answer each of its jobs alone."""
         try:
             generations = self._generate(batch)
         except _StoppedError:
             for encoded in batch:
                 encoded.pending.settle(_stopping() if self._closing else out_of_time())
-        except Exception as error:  # a strategy, a reward, the model: anything may come out of them
+        except Exception as error:  # strategies, rewards and models may raise anything
             if len(batch) == 1:
                 batch[0].pending.settle(strategy_error(error))
             else:

@@ -1,4 +1,4 @@
-"""Jobs that wait for the model, and which of them are done together."""
+"""The local model's queue of jobs, and how they are grouped into batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bonbon.serve.backend import Answer, AnswerJob, BackendError
 
 @dataclass(eq=False)
 class PendingJob:
-    """A job, and who waits for its answer.
+    """A job and the future of its answer.
 
     `given_up` is set by the event loop's thread and read by the model's.
     """
@@ -24,11 +24,11 @@ class PendingJob:
     given_up: bool = False
 
     def alive(self) -> bool:
-        """Whether anyone still waits."""
+        """Return whether anyone still waits for the answer."""
         return not self.given_up and time.monotonic() < self.job.deadline
 
     def settle(self, outcome: Answer | BackendError) -> None:
-        """Hand the outcome over to the loop."""
+        """Pass the outcome to the event loop; callable from any thread."""
         try:
             self.loop.call_soon_threadsafe(self._settle, outcome)
         except RuntimeError:  # the loop is closed
@@ -45,24 +45,24 @@ class PendingJob:
 
 @dataclass(frozen=True, eq=False)
 class EncodedJob:
-    """A job that can be done, with its tokens."""
+    """A pending job with its tokenised prompt."""
 
     pending: PendingJob
     prompt: EncodedPrompt
 
     def kind(self) -> tuple[Any, ...]:
-        """What jobs of one batch have in common: all but the seed, which is in the prompt's id."""
+        """Return what jobs of a batch must share: all but the seed, which is in the prompt's id."""
         job = self.pending.job
         return job.strategy, job.sampling.model_copy(update={"seed": 0}), job.stop
 
     def tokens(self) -> int:
-        """The most that its candidates can come to, each with its prompt."""
+        """Return the largest number of tokens of all candidates, each with its prompt."""
         sampling = self.pending.job.sampling
         return sampling.n * (len(self.prompt.token_ids) + sampling.max_new_tokens)
 
 
 def next_batch(queue: list[EncodedJob], max_tokens: int) -> list[EncodedJob]:
-    """Take the first job and those of its kind, in order, up to `max_tokens`; dead ones go."""
+    """Take the first job and others of its kind, up to `max_tokens`; drop abandoned jobs."""
     alive = [encoded for encoded in queue if encoded.pending.alive()]
     batch: list[EncodedJob] = []
     left: list[EncodedJob] = []

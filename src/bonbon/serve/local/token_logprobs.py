@@ -1,4 +1,4 @@
-"""Log-probabilities of a returned completion's tokens, and of the most likely ones beside them."""
+"""Log-probabilities of a returned completion's tokens, and of their likely alternatives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bonbon.sampling.completion_text import completion_text
 from bonbon.sampling.distribution import warped_log_probs
 from bonbon.serve.backend import TokenLogprob
 
-_CONTEXT = 8  # tokens before one that its text is decoded behind
+_CONTEXT = 8  # preceding tokens that a token is decoded with
 
 
 @torch.inference_mode()
@@ -28,11 +28,11 @@ def completion_logprobs(
     top: int,
     index: int,
 ) -> tuple[TokenLogprob, ...]:
-    """ln p (nats) of each token of completion `index` under the sampling settings.
+    """Return ln p (nats) of each token of completion `index` under the sampling settings.
 
-    In one forward pass. Beside each token stand the `top` most likely ones; those that top-k or
-    top-p cut off are left out. The tokens of a stop string are listed, though the text ends before
-    it.
+    Takes one forward pass. Each token is listed with the `top` most likely tokens in its place,
+    without those that top-k or top-p cut off. The tokens of a stop string are listed, though the
+    text ends before it.
     """
     prompt, ids = list(group.prompt_token_ids), list(group.token_ids[index])
     if not ids:
@@ -57,7 +57,7 @@ def completion_logprobs(
 
 
 def token_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
-    """A token's text behind the tokens before it; a special token's name."""
+    """Return a token's text after the tokens `before` it, or a special token's name."""
     if token in tokenizer.all_special_ids:
         return str(tokenizer.convert_ids_to_tokens(token))
     return completion_text(tokenizer, before, [token])

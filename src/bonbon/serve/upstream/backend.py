@@ -1,12 +1,12 @@
 """Best-of-n in front of any OpenAI-compatible server: vLLM, SGLang, llama.cpp, a hosted one.
 
-The candidates of a job are single requests, so that one that fails does not sink the others. Those
-that have not come when a share of the job's time is left for scoring are dropped; `Answer.failed`
-counts them. The others are then no longer draws of the whole distribution: long ones are missing.
-Tokens of replies that broke off are in no cost, since nobody knows their number.
+Each candidate of a job is a request of its own, so that one failure does not affect the others. A
+share of the job's time is kept for scoring; candidates that have not arrived by then are dropped,
+and `Answer.failed` counts them. The rest are then biased draws: long completions are missing. The
+cost leaves out the tokens of replies that broke off, since their number is not known.
 
-A strategy is synchronous code. It runs in a thread, and draws through the event loop. Each job has
-a thread of its own, as one whose reward hangs keeps it; none of them keeps the process alive.
+A strategy is synchronous code. It runs in a thread and draws through the event loop. Each job has
+a thread of its own, since a reward that hangs blocks it; no thread keeps the process alive.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Seconds: how old an offer may be for a job and as a sign of health, and how long those that can do
-# without wait for one.
+# Seconds: the largest age of an offer (a list of models) for a job and for a health check, and how
+# long a job that has another model name waits for a new offer.
 _OFFER_AGE = 30.0
 _HEALTH_AGE = 1.0
 _PATIENCE = 5.0
@@ -56,8 +56,8 @@ _PATIENCE = 5.0
 class UpstreamBackend:
     """A `Backend` in front of an OpenAI-compatible server.
 
-    The log-probabilities that an upstream gives are passed on as they are. A strategy that weighs
-    by them needs those under the sampling settings: see `UpstreamConfig.processed_logprobs`.
+    The upstream's log-probabilities are passed on unchanged. A strategy that uses them as weights
+    needs those under the sampling settings: see `UpstreamConfig.processed_logprobs`.
     """
 
     def __init__(self, config: UpstreamConfig, reward: Reward | None) -> None:
@@ -68,24 +68,24 @@ class UpstreamBackend:
         self._sources: set[UpstreamSource] = set()
         self._client: UpstreamClient | None = None
         self._offered: tuple[float, Offer] | None = None
-        self._silent_until = 0.0  # jobs do without asking again
+        self._silent_until = 0.0  # until then jobs use the old offer
         self._asking: asyncio.Task[Offer] | None = None
 
     async def start(self) -> None:
-        """Raises BonbonError when the address or the key cannot be used.
+        """Create the client. Raises BonbonError when the address or the key cannot be used.
 
-        The upstream may start later: until then jobs fail and `healthy` is false.
+        The upstream may start later; until then jobs fail and `healthy` returns False.
         """
         self._client = UpstreamClient(self.config)
 
     async def models(self) -> tuple[str, ...]:
-        """See `Backend.models`. Raises BackendError when the upstream never said."""
+        """See `Backend.models`. Raises BackendError when the upstream never named its models."""
         if self.config.model is not None:
             return (self.config.model,)
         return (await self._job_offer()).models
 
     async def healthy(self) -> bool:
-        """Whether the upstream named its models in the last moment."""
+        """Return whether the upstream names its models now."""
         try:
             async with asyncio.timeout(_PATIENCE):
                 await self._offer(_HEALTH_AGE)
@@ -156,17 +156,17 @@ class UpstreamBackend:
             reward = GuardedReward(self.reward, self._scoring, lambda: source.stopped)
         try:
             return job.strategy.generate([prompt], source, reward)[0]
-        except CancelledError as error:  # seen by no one but the jobs of a backend that closes
+        except CancelledError as error:  # only when the backend closes
             raise BackendError("the server is stopping", 503) from error
         except Exception as error:
             raise strategy_error(error) from error
-        except SystemExit as error:  # of a user's code; it would end the server
+        except SystemExit as error:  # raised by a user's code; it would end the server
             raise BackendError("the strategy failed: SystemExit") from error
 
     async def _job_offer(self) -> Offer:
-        """What a job goes by: an offer, an old one, or the model that is set.
+        """Return the offer for a job: a new one, an old one, or the configured model.
 
-        Raises BackendError where there is none.
+        Raises BackendError if there is none.
         """
         if self._offered is not None and time.monotonic() < self._silent_until:
             return self._offered[1]
@@ -186,9 +186,9 @@ class UpstreamBackend:
         return None if self.config.model is None else Offer((self.config.model,), {})
 
     async def _offer(self, age: float) -> Offer:
-        """What the upstream had at most `age` seconds ago; who asks together shares one request.
+        """Return an offer of at most `age` seconds ago; concurrent callers share one request.
 
-        Raises BackendError when it does not say.
+        Raises BackendError when the upstream does not name its models.
         """
         if self._offered is not None and time.monotonic() < self._offered[0] + age:
             return self._offered[1]
@@ -214,9 +214,9 @@ class UpstreamBackend:
 
 
 def _changed_distribution(job: AnswerJob) -> list[str]:
-    """The fields of a job under which log-probabilities are others than the model's own.
+    """Return the fields of a job that make its log-probabilities differ from the model's own.
 
-    None for the most likely completion: all candidates are the same, so there is no choice.
+    Empty at top-k 1: all candidates are the same, so their weights do not matter.
     """
     sampling = job.sampling
     if sampling.top_k == 1:
@@ -230,7 +230,7 @@ def _changed_distribution(job: AnswerJob) -> list[str]:
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    """What `work` gives or raises, from a thread that the process does not wait for at its end."""
+    """Run `work` in a thread that does not keep the process alive; return or raise its outcome."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

@@ -1,4 +1,4 @@
-"""Asking an upstream server, and what an error of it means for a client."""
+"""The client of an upstream server, and what its errors mean for our clients."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ T = TypeVar("T")
 class UpstreamConfig(EndpointSettings):
     """An OpenAI-compatible server that candidates are drawn from, such as vLLM."""
 
-    model: str | None = Field(None, description="the only one offered; None: all that it has")
+    model: str | None = Field(None, description="the only model to offer; None: all it has")
     timeout: float = Field(60.0, gt=0, description="seconds that one try of a candidate may take")
     concurrency: int = Field(64, ge=1, description="candidates drawn at a time")
-    retries: int = Field(4, ge=0, description="of a candidate, with growing pauses")
+    retries: int = Field(4, ge=0, description="of each candidate, with growing pauses")
     scoring_share: float = Field(
-        0.1, ge=0, lt=1, description="of a request's time, kept for the reward"
+        0.1, ge=0, lt=1, description="share of a request's time that is kept for the reward"
     )
     processed_logprobs: bool = Field(
         False,
@@ -34,7 +34,7 @@ class UpstreamConfig(EndpointSettings):
 
 
 class UpstreamClient(Client):
-    """A `Client` whose refusals are errors for our own clients.
+    """A `Client` that raises the upstream's refusals as errors for our own clients.
 
     Raises BonbonError when the address or the key cannot be used.
     """
@@ -65,7 +65,7 @@ class UpstreamClient(Client):
 
 
 def refused(refusal: RefusedError) -> BackendError:
-    """What a client gets for a refusal: its own request's fault, or the upstream's."""
+    """Return the client's error for a refusal: the request's own fault, or the upstream's."""
     status = refusal.status
     if refusal.about_key:
         message = f"the upstream refuses this server with status {status}; {refusal.message}"
@@ -78,12 +78,12 @@ def refused(refusal: RefusedError) -> BackendError:
 
 
 def upstream_error(message: str, retry_after: float | None = None) -> BackendError:
-    """The error of a job that the upstream's fault keeps from being done."""
+    """Return the error of a job that failed because of the upstream."""
     return BackendError(message, 502, "upstream_error", "upstream_error", retry_after=retry_after)
 
 
 def error_of(faults: Sequence[FaultError]) -> BackendError:
-    """The error of a job all of whose candidates were lost: 504 where only time was short."""
+    """Return the error of a job that lost all candidates: 504 if all were only too slow."""
     lost = f"the upstream gave none of the {len(faults)} candidates"
     others = [fault for fault in faults if not fault.slow]
     if not others:

@@ -1,4 +1,4 @@
-"""The requests that candidates are drawn by, and what the replies mean.
+"""The requests that draw candidates from an upstream, and the reading of its replies.
 
 Pure functions; `bonbon.serve.upstream.client` sends and receives.
 """
@@ -30,7 +30,7 @@ from bonbon.remote.completions_api import (
 from bonbon.sampling.cost import Candidates, Cost
 from bonbon.serve.backend import AnswerJob, TokenLogprob
 
-# Further fields of a job that change its distribution, each with the value that does not.
+# Further fields of a job that change its distribution, each with its neutral value.
 _RESHAPING: Mapping[str, Any] = MappingProxyType(
     {
         "frequency_penalty": 0,
@@ -48,24 +48,24 @@ _RESHAPING: Mapping[str, Any] = MappingProxyType(
 
 
 def path_of(job: AnswerJob) -> str:
-    """Where a job's candidates are asked for."""
+    """Return the path that a job's requests go to."""
     return "completions" if isinstance(job.prompt, str) else "chat/completions"
 
 
 def wants_logprobs(job: AnswerJob) -> bool:
-    """Whether a job's candidates have to come with their log-probabilities."""
+    """Return whether a job's candidates need log-probabilities."""
     return job.logprobs is not None or job.strategy.needs_logprobs
 
 
 def reshaping(extra: Mapping[str, Any]) -> list[str]:
-    """Those of a job's further fields under which tokens have other probabilities."""
+    """Return the names of a job's further fields that change token probabilities."""
     return sorted(
         name for name, value in extra.items() if name in _RESHAPING and value != _RESHAPING[name]
     )
 
 
 def request_body(job: AnswerJob, model: str, off: Mapping[str, Any], k: int) -> dict[str, Any]:
-    """The request for candidate k alone. The job's own fields win over further ones (`extra`)."""
+    """Return the request for candidate k. The job's own fields override further ones (`extra`)."""
     body: dict[str, Any] = {**off, **job.extra, "model": model, "n": 1, "stream": False}
     body |= {"max_tokens": job.sampling.max_new_tokens, **distribution(job.sampling)}
     if job.seeded:
@@ -80,7 +80,7 @@ def request_body(job: AnswerJob, model: str, off: Mapping[str, Any], k: int) -> 
 
 
 def candidate_seed(seed: int, k: int) -> int:
-    """The seed of candidate k: the job's own for the first, a hash for the others.
+    """Return the seed of candidate k: the job's own for the first, a hash for the others.
 
     Not seed + k: jobs with the seeds 0 and 1 would then share all candidates but one.
     """
@@ -95,7 +95,7 @@ def candidate_seed(seed: int, k: int) -> int:
 
 @dataclass(frozen=True)
 class Reply:
-    """A candidate. `prefilled` are the prompt tokens that were not found in the server's cache."""
+    """A candidate. `prefilled`: the prompt tokens that were not in the server's cache."""
 
     text: str
     finish_reason: str
@@ -106,23 +106,23 @@ class Reply:
 
     @property
     def logprob(self) -> float:
-        """ln p of the drawn tokens, summed (nats); NaN where the server was not asked."""
+        """ln p of the drawn tokens, summed (nats); NaN if they were not asked for."""
         if self.logprobs is None:
             return math.nan
         return math.fsum(token.logprob for token in self.logprobs)
 
 
 def read_reply(reply: Any, job: AnswerJob) -> Reply:
-    """The candidate in a reply.
+    """Read the candidate in a reply.
 
-    The text is the message's content alone: a reasoning model's thoughts are neither scored nor
-    returned, though their tokens count; where it did not get beyond them the text is empty. A lone
-    surrogate, which no encoding can hold, becomes a question mark.
+    The text is the message's content only: a reasoning model's thoughts are neither scored nor
+    returned, though their tokens count. If the model did not finish thinking, the text is empty. A
+    lone surrogate, which no encoding can hold, becomes a question mark.
 
-    Raises FaultError for a reply that is no use: without a plausible `usage`, as what it cost would
-    be a guess; without the log-probabilities that were asked for; or one that ended in another way
-    than at its end or its limit. Raises LookupError, TypeError, ValueError or AttributeError for
-    what is no reply at all.
+    Raises FaultError for a reply that cannot be used: without a plausible `usage`, since its cost
+    would be a guess; without the log-probabilities that were asked for; or with a finish reason
+    other than stop or length. Raises LookupError, TypeError, ValueError or AttributeError for a
+    value that is not a reply.
     """
     choice = reply["choices"][0]
     text, reason = text_of(choice), finish_reason(choice)
@@ -136,15 +136,15 @@ def read_reply(reply: Any, job: AnswerJob) -> Reply:
 
 
 def spent_on(reply: Any) -> Cost:
-    """What a reply cost that is no use, as far as it says so."""
+    """Return the cost of a reply that cannot be used, as far as the reply states it."""
     usage = read_usage(reply)
     return Cost() if usage is None else Cost(generated=usage.tokens, prefilled=usage.prefilled)
 
 
 def read_logprobs(logprobs: Any, top: int) -> tuple[TokenLogprob, ...] | None:
-    """Each token with its `top` most likely ones, from either API's form; None where there is none.
+    """Read each token with its `top` most likely ones, in either API's form; None if absent.
 
-    Alternatives of probability 0 are left out. Raises FaultError for a value that is no ln p, and
+    Alternatives of probability 0 are left out. Raises FaultError for a value that is not ln p, and
     for a drawn token of probability 0.
     """
     items = logprob_items(logprobs)
@@ -163,9 +163,9 @@ def _best(pairs: Sequence[tuple[Any, Any]], top: int) -> tuple[tuple[str, float]
 
 
 def candidates_of(prompt: EncodedPrompt, replies: Sequence[Reply], lost: Cost) -> Candidates:
-    """Replies to one prompt as a group; of tokens only their number is known, so each is −1.
+    """Return replies to one prompt as a group; token ids are unknown, so each is −1.
 
-    `lost` is what the draw cost besides them.
+    `lost` is the further cost of the draw.
     """
     group = Group(
         prompt_id=prompt.prompt_id,

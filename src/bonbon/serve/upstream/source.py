@@ -1,4 +1,4 @@
-"""Drawing a job's candidates from an upstream, out of the thread that its strategy runs in."""
+"""Draws a job's candidates from an upstream, for the thread that runs its strategy."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from bonbon.serve.upstream.protocol import (
 from bonbon.system.errors import BonbonError
 
 NO_EMBEDDING = (
-    "an upstream server embeds no completions; set the strategy's `distance` or `embedding` to one "
-    "of texts, or take a local model"
+    "an upstream server cannot embed completions; set the strategy's `distance` or `embedding` to "
+    "a function or a model of texts, or use a local model"
 )
 
 
 class UpstreamSource:
-    """A `Source` for one job: its strategy's thread draws from the upstream through the loop."""
+    """A `Source` for one job: the strategy's thread draws from the upstream via the event loop."""
 
     def __init__(
         self, client: UpstreamClient, job: AnswerJob, model: str, offer: Offer, cutoff: float
@@ -42,7 +42,7 @@ class UpstreamSource:
         self.prompt_tokens = 0
         self.failed = 0
         self.stopped = False
-        self._has_drawn = False  # of a job's later draws all may fail: there is an answer already
+        self._has_drawn = False  # later draws may all fail: there are candidates already
         self._client, self._job, self._model, self._off = client, job, model, offer.off
         self._cutoff = cutoff
         self._loop = asyncio.get_running_loop()
@@ -51,23 +51,23 @@ class UpstreamSource:
 
     def draw(self, prompts: Sequence[EncodedPrompt], ks: Sequence[range]) -> list[Candidates]:
         """See `Source.draw`. Raises BackendError, or CancelledError once the job was stopped."""
-        if self.stopped:  # the loop itself may be gone
+        if self.stopped:  # the loop may be closed
             raise CancelledError
         drawing = self._draw_all(prompts, ks)
         return asyncio.run_coroutine_threadsafe(drawing, self._loop).result()
 
     def embed(self, group: Group) -> Floats:
-        """Raises BonbonError: a server gives texts and no states."""
+        """Raise BonbonError: a server returns texts and no hidden states."""
         raise BonbonError(NO_EMBEDDING)
 
     def stop(self) -> None:
-        """Give up what is being drawn, and all that would be. Called in the loop's thread."""
+        """Cancel current and later draws. Called in the event loop's thread."""
         self.stopped = True
         for draw in self._draws:
             draw.cancel()
 
     def logprobs_of(self, group: Group, index: int) -> tuple[TokenLogprob, ...]:
-        """The tokens of a candidate. A strategy may have put the candidates in another order."""
+        """Return a candidate's tokens, looked up by text: a strategy may reorder candidates."""
         return self._logprobs[group.completions[index], group.logprobs[index]]
 
     async def _draw_all(
@@ -96,7 +96,7 @@ class UpstreamSource:
         return candidates_of(prompt, replies, lost)
 
     async def _candidate(self, k: int, losses: list[Cost]) -> Reply | FaultError | BackendError:
-        """Candidate k, or why it did not come; `losses` gets what its useless replies cost."""
+        """Return candidate k or its error; the cost of unusable replies is added to `losses`."""
 
         def read(reply: Any) -> Reply:
             try:
@@ -121,7 +121,7 @@ class UpstreamSource:
 
 
 def _error_of(errors: Sequence[FaultError | BackendError]) -> BackendError:
-    """The error of a job none of whose candidates came: the upstream's own word comes first."""
+    """Return the error of a job without candidates: the upstream's refusal if there is one."""
     refusals = (error for error in errors if isinstance(error, BackendError))
     faults = [error for error in errors if isinstance(error, FaultError)]
     return next(refusals, None) or error_of(faults)
