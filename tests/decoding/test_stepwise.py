@@ -32,7 +32,6 @@ from bonbon.decoding.smc import (
     log_mean_exp,
     log_normaliser,
     systematic_ancestors,
-    tilted_expectation,
 )
 from bonbon.decoding.soft import SoftBestOfN
 from bonbon.decoding.source import LocalSource
@@ -435,6 +434,11 @@ def test_the_normaliser_s_estimate_is_unbiased(
     error = estimates.std(ddof=1) / math.sqrt(len(estimates))
     assert error < 0.05 * NORMALISER
     assert abs(estimates.mean() - NORMALISER) < 4 * error
+
+
+def tilted_expectation(group: Group, values: list[int]) -> float:
+    """Σ_i w_i f(y_i), SMC's estimate of E f(y) under π0(y) e^(r(y)/τ)/Z."""
+    return float(np.array(values) @ np.array(group.metrics["weight"]))
 
 
 def test_tilted_expectations_converge_as_one_over_the_square_root_of_n() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 STABLE = {
     "bonbon": "BestOfN BoNBoNConfig BoNBoNTrainer BonbonError Evaluator ExponentialTilt "
-    "FunctionReward Group Groups RewardModel RunConfig SamplingConfig TransformersSampler WeightedSum WorstOfN "
+    "FunctionReward Group Groups RewardModel RunConfig SamplingConfig TransformersSampler "
+    "WeightedSum WorstOfN "
     "__version__ generate load_config open_groups read_groups",
     "bonbon.tilt": "TILTS BestOfN BestOfPoisson ExponentialTilt Identity Tilt WorstOfN "
     "best_of_n_bounds best_of_n_kl_estimate best_of_n_pmf best_of_n_rank_weights kl_pmf optimal_kl "

@@ -19,7 +19,6 @@ from bonbon.evaluation.human_text import (
     bits_per_byte,
     forgetting,
     human_text_losses,
-    nats_per_token,
     perplexity,
     read_texts,
 )
@@ -169,7 +168,6 @@ def losses_of(nats: Any, tokens: Any, sizes: Any) -> TextLosses:
 
 def test_figures_are_ratios_of_sums() -> None:
     losses = losses_of([2.0, 10.0, 0.0], [1, 5, 0], [4, 16, 0])
-    assert nats_per_token(losses).value == pytest.approx(12 / 6)
     assert perplexity(losses).value == pytest.approx(math.exp(2))
     assert bits_per_byte(losses).value == pytest.approx(12 / math.log(2) / 20)
 
@@ -188,7 +186,7 @@ def test_perplexity_of_a_uniform_model(tiny: Loaded) -> None:
 def test_blank_texts_change_no_figure() -> None:
     some = losses_of([2.0, 9.0, 4.0], [1, 5, 2], [4, 16, 9])
     more = losses_of([2.0, 0.0, 9.0, 4.0, 0.0], [1, 0, 5, 2, 0], [4, 0, 16, 9, 0])
-    for figure in (nats_per_token, perplexity, bits_per_byte):
+    for figure in (perplexity, bits_per_byte):
         assert figure(some, 200) == figure(more, 200)
     assert forgetting(some, some, 200) == forgetting(more, more, 200)
 
@@ -218,9 +216,9 @@ def test_interval_covers() -> None:
     covered = 0
     for _ in range(300):
         tokens = rng.geometric(1 / 40, 120)
-        losses = losses_of(rng.gamma(2 * tokens, 1.5), tokens, tokens)  # 3 nats a token
-        figure = nats_per_token(losses, 200)
-        covered += figure.low <= 3 <= figure.high
+        losses = losses_of(rng.gamma(2 * tokens, 1.5), tokens, tokens)  # 3 nats a byte
+        figure = bits_per_byte(losses, 200)
+        covered += figure.low <= 3 / math.log(2) <= figure.high
     assert 0.92 <= covered / 300 <= 0.975
 
 

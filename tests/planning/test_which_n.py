@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -18,14 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bonbon.groups.group import Group, Groups
-from bonbon.planning.which_n import (
-    Plan,
-    plan,
-    plan_sentences,
-    plan_table,
-    sampling_speed,
-    write_plan,
-)
+from bonbon.planning.which_n import Plan, plan, plan_sentences, plan_table, sampling_speed
 from bonbon.report.paper_plots import plot_plan
 from bonbon.system.errors import BonbonError
 from bonbon.tilt.discrete import best_of_n_pmf, win_rate_pmf
@@ -268,15 +260,6 @@ def test_an_interval_that_stays_too_low_is_said() -> None:
     wanted = plan(groups, 0.9, max_n=7).best.win_rate.value - 1e-6
     said = " ".join(plan_sentences(plan(groups, wanted, max_n=7)))
     assert "The interval's lower end reaches it for no n up to 7; more prompts" in said
-
-
-def test_a_written_plan_is_read_as_json(tmp_path: Path) -> None:
-    found = plan(normal_pilot(), 0.9, max_n=16)
-    write_plan(found, tmp_path / "plan.json")
-    read = json.loads((tmp_path / "plan.json").read_text())
-    assert read["by_estimate"]["n"] == read["surely"]["n"] == 9
-    assert read["wanted"] == 0.9
-    assert [row["n"] for row in read["rows"]] == [row.n for row in found.rows]
 
 
 def test_the_plot(tmp_path: Path) -> None:

@@ -73,16 +73,6 @@ def log_normaliser(group: Group) -> float:
     return log_mean_exp(group.metrics["log_weight"])
 
 
-def tilted_expectation(group: Group, values: ArrayLike) -> float:
-    """Return Σ_i w_i f(y_i), SMC's estimate of E f(y) under π0(y) e^(r(y)/τ)/Z.
-
-    Args:
-        group: the particles that SMC returned.
-        values: f of each particle, (n,). The bias falls as 1/n, the error as 1/√n.
-    """
-    return float(np.asarray(values, dtype=np.float64) @ np.asarray(group.metrics["weight"]))
-
-
 # --- the strategy ---------------------------------------------------------------------------------
 
 

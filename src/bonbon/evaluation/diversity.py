@@ -58,6 +58,8 @@ def distinct(texts: Sequence[str], n: int) -> float:
 _ORDERS = 4
 
 
+# sacrebleu gives the same figures, which a test checks, but counts all references again for each
+# text: on 1000 texts it takes 4 times as long in groups of 8, and 58 times in groups of 125.
 def self_bleu(texts: Sequence[str]) -> float:
     """Compute the mean BLEU-4 of each text against the others, in [0, 1]; 1 for equal texts.
 

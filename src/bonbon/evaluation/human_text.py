@@ -99,11 +99,6 @@ def _nats(model: PreTrainedModel, rows: Sequence[list[int]]) -> Floats:
 # --- figures --------------------------------------------------------------------------------------
 
 
-def nats_per_token(losses: TextLosses, resamples: int = 2000) -> Figure:
-    """Compute Σ nats / Σ tokens, with its bootstrap interval over texts."""
-    return _ratio(losses, losses.nats, losses.tokens, np.asarray, resamples)
-
-
 def perplexity(losses: TextLosses, resamples: int = 2000) -> Figure:
     """Compute exp(Σ nats / Σ tokens), with its bootstrap interval over texts.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ from bonbon.evaluation.figures import Figure, Floats
 from bonbon.groups.group import Group, Groups
 from bonbon.groups.provenance import check_independent
 from bonbon.groups.shards import iter_provenance
-from bonbon.system.atomic_files import write_json
 from bonbon.system.errors import BonbonError
 
 if TYPE_CHECKING:
@@ -224,11 +223,6 @@ def _values(group: Group, metric: str | None) -> Floats:
 
 
 # --- output ---------------------------------------------------------------------------------------
-
-
-def write_plan(planned: Plan, path: Path) -> None:
-    """Write the plan as JSON."""
-    write_json(path, asdict(planned))
 
 
 def plan_sentences(planned: Plan) -> list[str]:
