@@ -41,7 +41,7 @@ from bonbon.runs.work import drawing, scoring
 from bonbon.sampling.encoding import iter_encoded
 from bonbon.sampling.from_config import named_tokenizer
 from bonbon.training.batches import GroupBatches, GroupCollator, PartsDataset
-from bonbon.training.dataset import selected
+from bonbon.training.dataset import select_groups
 
 BATCH, BATCH_TOKENS = 64, 4096
 SIZES = (10_000, 100_000, 1_000_000)
@@ -163,11 +163,11 @@ def measure(groups: int, n: int, tokens: int, folder: Path) -> list[Measured]:
         work = ShardWork(folder / "samples", folder / "groups", scoring(fake_reward), {})
         work_through(work, "scoring")
     with watched("train", measurements):
-        selection = selected(open_groups(folder / "groups"), best_and_worst, folder)
+        selection = select_groups(open_groups(folder / "groups"), best_and_worst, folder)
         assert selection is not None
         collator = GroupCollator(pad_id=0)
-        groups_of = PartsDataset(selection.groups)
-        for parts in GroupBatches(selection.groups.shapes, BATCH, BATCH_TOKENS, seed=0):
+        groups_of = PartsDataset(selection)
+        for parts in GroupBatches(selection.shapes, BATCH, BATCH_TOKENS, seed=0):
             collator([groups_of[part] for part in parts])
     return measurements
 

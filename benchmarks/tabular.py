@@ -29,7 +29,7 @@ from bonbon.groups.group import Group
 from bonbon.objectives.catalogue import OBJECTIVES, GroupLogps, ObjectiveSettings
 from bonbon.objectives.pairs import bon_target
 from bonbon.objectives.ranks import log_density_targets
-from bonbon.objectives.selection import Select
+from bonbon.objectives.selection import Selector
 from bonbon.tilt.base import Tilt
 from bonbon.tilt.best_of_n import BestOfN
 from bonbon.tilt.catalogue import TILTS
@@ -185,7 +185,7 @@ def ceiling(world: World, policies: Policies) -> Callable[[float], Figures]:
 # --- drawn groups through the objectives ----------------------------------------------------------
 
 
-def selected(world: World, draws: Tensor, select: Select) -> Tensor:
+def selected(world: World, draws: Tensor, select: Selector) -> Tensor:
     """Return the outcomes that an objective uses, (groups, completions), without tied groups."""
     rows, rewards = draws.tolist(), world.rewards[draws].tolist()
     texts, ids, numbers = (("",) * len(rows[0]), ((),) * len(rows[0]), (0.0,) * len(rows[0]))

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from bonbon.evaluation import Draws, Evaluator, Figure, best_of_n_win_rate, bootstrap, kl_efficiency
-from bonbon.evaluation.evaluator import _recovered
+from bonbon.evaluation.efficiency import recovered_share
 from bonbon.groups.group import Group
 from bonbon.stages.evaluate import _equal_win_rate
 from bonbon.tilt.best_of_n import BestOfN
@@ -326,12 +326,12 @@ def test_intervals_of_ratios_cover() -> None:
     spent = kls * rng.uniform(0.5, 1.5, pool)  # measured with error
     win = np.mean([win_rate_pmf(q, p, rewards) for p, q in zip(laws, tilted, strict=True)])
     best = np.mean([win_rate_pmf(best_of_n_pmf(p, rewards, 3), p, rewards) for p in laws])
-    truth = np.array([float(_recovered(win, best)), float(kl_efficiency(win, kls.mean()))])
+    truth = np.array([float(recovered_share(win, best)), float(kl_efficiency(win, kls.mean()))])
     covered = np.zeros(2)
     for _ in range(sets):
         chosen = rng.integers(0, pool, prompts)  # prompts are a sample too
         figures = (
-            bootstrap([wins[chosen], best_wins[chosen]], _recovered, 600),
+            bootstrap([wins[chosen], best_wins[chosen]], recovered_share, 600),
             bootstrap([wins[chosen], spent[chosen]], kl_efficiency, 600),
         )
         covered += [it.low <= value <= it.high for it, value in zip(figures, truth, strict=True)]

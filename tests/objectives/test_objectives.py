@@ -46,7 +46,7 @@ from bonbon.objectives.ranks import (
     weighted_sft,
 )
 from bonbon.objectives.selection import (
-    Select,
+    Selector,
     all_completions,
     best,
     best_and_random,
@@ -593,7 +593,7 @@ RANKS = GroupLogps(
 )
 TILT = BestOfN(3)
 SETTINGS = ObjectiveSettings(n=4, tilt=TILT, alpha=0.2, beta=0.3, delta=1.5)
-CHOICES: dict[str, Select] = {
+SELECTORS: dict[str, Selector] = {
     "bonbon": best_and_worst,
     "sft_bon": best,
     "ipo_bon": best_and_worst,
@@ -614,7 +614,7 @@ CHOICES: dict[str, Select] = {
 
 def chosen(name: str) -> GroupLogps:
     """Groups as the objective gets them."""
-    return RANKS if CHOICES[name] is all_completions else PAIRS_OF_GROUPS
+    return RANKS if SELECTORS[name] is all_completions else PAIRS_OF_GROUPS
 
 
 @pytest.mark.parametrize(
@@ -639,7 +639,7 @@ def test_routes(name: str, expected: torch.Tensor) -> None:
 
 def test_every_objective_is_routed() -> None:
     assert set(OBJECTIVES) == set(EVERY_LOSS) | set(RANK_LOSSES)
-    assert {name: objective.select for name, objective in OBJECTIVES.items()} == CHOICES
+    assert {name: objective.select for name, objective in OBJECTIVES.items()} == SELECTORS
     assert {name for name, it in OBJECTIVES.items() if it.any_tilt} == set(RANK_LOSSES)
     by_likelihood = {name for name, it in OBJECTIVES.items() if not it.compares}
     assert by_likelihood == {"sft_bon", "weighted_sft"}
@@ -663,7 +663,11 @@ def test_what_compares_uses_the_base_model(name: str) -> None:
         ("n", 5, {"bonbon", "ipo_bon", "bonbon_dpo"}),
         ("tilt", WorstOfN(2), set(RANK_LOSSES)),
         ("alpha", 0.7, {"bonbon", "bonbon_dpo", "bonbon_ranks"}),
-        ("beta", 0.9, {name for name in CHOICES if name.startswith(("dpo", "ipo"))} - {"ipo_bon"}),
+        (
+            "beta",
+            0.9,
+            {name for name in SELECTORS if name.startswith(("dpo", "ipo"))} - {"ipo_bon"},
+        ),
         ("delta", 0.5, {"rank_regression_huber"}),
     ],
 )
@@ -685,7 +689,7 @@ def test_setting_changes_only_its_objectives(setting: str, value: Any, changed: 
 def test_what_is_no_pair_is_refused(name: str, width: int) -> None:
     """Objectives of pairs take two completions; SFT-BoN only ever looks at the first."""
     group = GroupLogps(*(column[:, :width] for column in RANKS.ranks()))
-    if CHOICES[name] in (best_and_worst, best_and_random, random_pair):
+    if SELECTORS[name] in (best_and_worst, best_and_random, random_pair):
         with pytest.raises(ValueError, match=f"needs two completions, got {width}"):
             OBJECTIVES[name].loss(group, SETTINGS)
     elif name == "sft_bon":

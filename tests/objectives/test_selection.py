@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from scipy import stats
 
 from bonbon.groups.group import Group
 from bonbon.objectives.selection import (
-    Select,
+    Selector,
     all_completions,
     best,
     best_and_random,
@@ -24,12 +25,13 @@ from bonbon.objectives.selection import (
     random_pair,
 )
 from bonbon.system.errors import BonbonError
-from bonbon.training.dataset import Chosen
+from bonbon.training.dataset import select_groups
+from bonbon.training.dataset_file import SelectedGroups
 from support.groups import MakeGroup
 from support.profiles import quick
 
-CHOICES: list[Select] = [best, best_and_worst, best_and_random, random_pair, all_completions]
-every_choice = pytest.mark.parametrize("select", CHOICES, ids=lambda select: select.__name__)
+SELECTORS: list[Selector] = [best, best_and_worst, best_and_random, random_pair, all_completions]
+every_selector = pytest.mark.parametrize("select", SELECTORS, ids=lambda select: select.__name__)
 
 # No deadline: a busy machine must not turn a test red.
 
@@ -44,7 +46,7 @@ def scored(make_group: MakeGroup, name: str, *rewards: float) -> Group:
     return make_group(name, completions=["x"] * len(rewards), rewards=rewards)
 
 
-# --- choices --------------------------------------------------------------------------------------
+# --- selectors ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,11 +80,11 @@ def test_best_is_the_maximum_and_worst_the_minimum(
         assert (rewards[indices[0]], rewards[indices[1]]) == (max(rewards), min(rewards))
 
 
-@every_choice
+@every_selector
 @quick
 @given(rewards=some_rewards, name=names)
 def test_the_better_come_first_and_ties_are_no_choice(
-    make_group: MakeGroup, select: Select, rewards: list[float], name: str
+    make_group: MakeGroup, select: Selector, rewards: list[float], name: str
 ) -> None:
     indices = select(scored(make_group, name, *rewards))
     if max(rewards) == min(rewards):
@@ -118,7 +120,7 @@ def test_of_two_completions_every_pair_is_the_best_and_the_worst(
 )
 def test_random_choices_are_uniform_over_prompts(
     make_group: MakeGroup,
-    select: Select,
+    select: Selector,
     rewards: tuple[float, ...],
     possible: set[tuple[int, int]],
 ) -> None:
@@ -129,7 +131,7 @@ def test_random_choices_are_uniform_over_prompts(
 
 @pytest.mark.parametrize("select", [best_and_random, random_pair])
 def test_random_choices_depend_on_the_prompt_s_id_alone(
-    make_group: MakeGroup, select: Select
+    make_group: MakeGroup, select: Selector, tmp_path: Path
 ) -> None:
     """Not on the texts, the call, or the group's place in the data set."""
     rewards = (0.3, 0.1, 0.9, 0.5)
@@ -141,8 +143,8 @@ def test_random_choices_depend_on_the_prompt_s_id_alone(
     chosen = [select(group) for group in groups]
     assert chosen == [select(group) for group in groups] == [select(group) for group in others]
     assert len(set(chosen)) > 2
-    selection = list(Chosen(groups, select))
-    assert selection == list(Chosen(groups[::-1], select))[::-1]
+    selection = list(taken(groups, select, tmp_path))
+    assert selection == list(taken(groups[::-1], select, tmp_path))[::-1]
 
 
 def test_another_process_makes_the_same_random_choices(make_group: MakeGroup) -> None:
@@ -165,12 +167,18 @@ def test_another_process_makes_the_same_random_choices(make_group: MakeGroup) ->
 # --- a data set -----------------------------------------------------------------------------------
 
 
+def taken(groups: Sequence[Group], select: Selector, folder: Path) -> SelectedGroups:
+    selected = select_groups(groups, select, folder)
+    assert selected is not None
+    return selected
+
+
 @pytest.mark.parametrize(
     ("select", "indices"),
     [(best, (1,)), (best_and_worst, (1, 2)), (all_completions, (0, 1, 2))],
 )
 def test_the_chosen_carry_tokens_log_probabilities_and_rewards(
-    make_group: MakeGroup, select: Select, indices: Sequence[int]
+    make_group: MakeGroup, select: Selector, indices: Sequence[int], tmp_path: Path
 ) -> None:
     group = make_group(
         "p",
@@ -180,70 +188,76 @@ def test_the_chosen_carry_tokens_log_probabilities_and_rewards(
         token_ids=((4,), (5, 5), (6, 6, 6)),
         logprobs=(-4.0, -5.0, -6.0),
     )
-    (chosen,) = list(Chosen([group], select))
+    (chosen,) = taken([group], select, tmp_path)
     assert (chosen.prompt_id, chosen.prompt_token_ids) == ("p", (1, 7))
     assert chosen.completions == tuple(((4,), (5, 5), (6, 6, 6))[i] for i in indices)
     assert chosen.ref_logps == tuple((-4.0, -5.0, -6.0)[i] for i in indices)
     assert chosen.rewards == tuple((0.0, 2.0, -1.0)[i] for i in indices)
 
 
-@every_choice
-def test_ties_are_dropped_and_counted(make_group: MakeGroup, select: Select) -> None:
+@every_selector
+def test_ties_are_dropped_and_counted(
+    make_group: MakeGroup, select: Selector, tmp_path: Path
+) -> None:
     groups = [
         scored(make_group, "a", 1.0, 2.0),
         scored(make_group, "tie", 1.0, 1.0),
         scored(make_group, "b", 2.0, 1.0),
     ]
-    chosen = Chosen(groups, select)
     for _ in range(2):
+        chosen = taken(groups, select, tmp_path)
         assert [group.prompt_id for group in chosen] == ["a", "b"]
         assert (chosen.n, chosen.tied) == (2, 1)
 
 
-def test_n_counts_what_was_drawn_not_what_was_chosen(make_group: MakeGroup) -> None:
+def test_n_counts_what_was_drawn_not_what_was_chosen(make_group: MakeGroup, tmp_path: Path) -> None:
     groups = [scored(make_group, "a", 1.0, 2.0, 3.0)]
-    for select in CHOICES:
-        chosen = Chosen(groups, select)
-        list(chosen)
-        assert chosen.n == 3
+    for select in SELECTORS:
+        assert taken(groups, select, tmp_path).n == 3
 
 
-@every_choice
-def test_only_ties_are_an_error(make_group: MakeGroup, select: Select) -> None:
+@every_selector
+def test_only_ties_are_an_error(make_group: MakeGroup, select: Selector, tmp_path: Path) -> None:
     groups = [scored(make_group, name, 1.0, 1.0) for name in "abc"]
     with pytest.raises(BonbonError, match=r"in all 3 groups .* tie"):
-        list(Chosen(groups, select))
+        taken(groups, select, tmp_path)
 
 
-@every_choice
-def test_groups_of_two_sizes_are_an_error(make_group: MakeGroup, select: Select) -> None:
+@every_selector
+def test_groups_of_two_sizes_are_an_error(
+    make_group: MakeGroup, select: Selector, tmp_path: Path
+) -> None:
     groups = [scored(make_group, "a", 1.0, 2.0), scored(make_group, "odd", 1.0, 2.0, 3.0)]
     with pytest.raises(BonbonError, match="group odd has 3 completions, others have 2"):
-        list(Chosen(groups, select))
+        taken(groups, select, tmp_path)
 
 
-@every_choice
-def test_an_unscored_group_is_an_error(make_group: MakeGroup, select: Select) -> None:
+@every_selector
+def test_an_unscored_group_is_an_error(
+    make_group: MakeGroup, select: Selector, tmp_path: Path
+) -> None:
     with pytest.raises(BonbonError, match="group raw has no rewards; run `bonbon score`"):
-        list(Chosen([make_group("raw")], select))
+        taken([make_group("raw")], select, tmp_path)
 
 
-@every_choice
-def test_one_completion_is_an_error(make_group: MakeGroup, select: Select) -> None:
+@every_selector
+def test_one_completion_is_an_error(
+    make_group: MakeGroup, select: Selector, tmp_path: Path
+) -> None:
     with pytest.raises(BonbonError, match=r"group lone has 1 completion; .* needs n >= 2"):
-        list(Chosen([scored(make_group, "lone", 1.0)], select))
+        taken([scored(make_group, "lone", 1.0)], select, tmp_path)
 
 
-@every_choice
+@every_selector
 @pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_not_finite_is_an_error(
-    make_group: MakeGroup, select: Select, reward: float
+    make_group: MakeGroup, select: Selector, reward: float, tmp_path: Path
 ) -> None:
     with pytest.raises(BonbonError, match=r"prompt odd, completion 2 of 3, is -?(nan|inf); .*fin"):
-        list(Chosen([scored(make_group, "odd", 1.0, reward, 2.0)], select))
+        taken([scored(make_group, "odd", 1.0, reward, 2.0)], select, tmp_path)
 
 
-@every_choice
-def test_no_groups_are_an_error(select: Select) -> None:
+@every_selector
+def test_no_groups_are_an_error(select: Selector, tmp_path: Path) -> None:
     with pytest.raises(BonbonError, match="no groups to train on"):
-        list(Chosen([], select))
+        taken([], select, tmp_path)

@@ -43,7 +43,7 @@ def test_what_is_written_is_read(
     monkeypatch.setattr("bonbon.training.dataset_file._CHUNK", 5 * chunk)
     path = tmp_path / "sub" / "selected.arrow"
     write_selected(iter(groups), path)
-    found = SelectedGroups(path)
+    found = SelectedGroups(path, n=4, tied=0)
     path.unlink()
     assert list(found) == groups
     assert found[::-2] == groups[::-2]
@@ -67,7 +67,7 @@ GROUPS = [
 
 def opened(groups: Sequence[SelectedGroup], folder: Path) -> SelectedGroups:
     write_selected(groups, folder / "selected.arrow")
-    return SelectedGroups(folder / "selected.arrow")
+    return SelectedGroups(folder / "selected.arrow", n=4, tied=0)
 
 
 def test_new_log_probabilities(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_what_is_mapped_takes_no_memory(tmp_path: Path) -> None:
         path,
     )
     before = pa.total_allocated_bytes()
-    found = SelectedGroups(path)
+    found = SelectedGroups(path, n=4, tied=0)
     assert sum(group.completions[1][-1] for group in found) == sum(range(499, 3499))
     size = path.stat().st_size
     assert size > 3000 * 4000

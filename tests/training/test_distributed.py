@@ -490,7 +490,7 @@ def test_sharded_weights_train_are_resumed_and_saved_as_whole_ones(
     shutil.copytree(scored, out)
     two = (*SHARDED, "--num_processes", "2", *FSDP_ON_CPU)
     kill_one_process(train_together(two, config, out), out)
-    with pytest.raises(BonbonError, match="begun with FSDP and cannot go on with whole weights"):
+    with pytest.raises(BonbonError, match="begun with FSDP and cannot be resumed with whole"):
         train_alone(config, out, tmp_path / "copy")
     one = (*SHARDED, "--num_processes", "1", *FSDP_ON_CPU)
     finish(train_together(one, config, out))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from bonbon.evaluation.best_of_k import best_of_n_win_rate as best_of_n_win_rate
     from bonbon.evaluation.drift import drift_at_equal_win_rate as drift_at_equal_win_rate
     from bonbon.evaluation.drift import drift_from_base as drift_from_base
+    from bonbon.evaluation.efficiency import kl_efficiency as kl_efficiency
     from bonbon.evaluation.evaluator import Evaluator as Evaluator
-    from bonbon.evaluation.evaluator import kl_efficiency as kl_efficiency
     from bonbon.evaluation.figures import Figure as Figure
     from bonbon.evaluation.figures import bootstrap as bootstrap
     from bonbon.evaluation.figures import clustered_mean as clustered_mean
@@ -68,7 +68,7 @@ _HOMES = {
     "drift_from_base": "drift",
     "forgetting": "human_text",
     "human_text_losses": "human_text",
-    "kl_efficiency": "evaluator",
+    "kl_efficiency": "efficiency",
     "length_controlled_win_rate": "length_control",
     "paired_difference": "win_rates",
     "perplexity": "human_text",

@@ -28,19 +28,23 @@ from bonbon.evaluation.drift import (
     drift_from_base,
     metrics_for,
 )
+from bonbon.evaluation.efficiency import kl_efficiency, recovered_share
 from bonbon.evaluation.figures import Figure, Floats, bootstrap
+from bonbon.evaluation.group_values import (
+    best_draw,
+    check_draws,
+    exact_best_of_n_kl,
+    kl_estimates,
+    metric_of,
+    rewards_of,
+    weighted_means,
+)
 from bonbon.evaluation.length_control import length_controlled_win_rate
 from bonbon.evaluation.results import BestOfNKL, Draws, ModelEvaluation, PairEvaluation
 from bonbon.evaluation.win_rates import paired_difference, win_rate_figure
 from bonbon.groups.group import Group
 from bonbon.tilt.best_of_n import BestOfN
-from bonbon.tilt.discrete import best_of_n_kl_estimate, best_of_n_pmf, kl_pmf
-from bonbon.tilt.exponential import optimal_kl
-
-# The KL is exact if the distinct completions have all of the base's probability mass but this.
-_MISSING_MASS = 1e-4
-# The rounding error of sums of weights; a win rate this close to ½ counts as ½.
-ROUNDING = 1e-9
+from bonbon.tilt.discrete import best_of_n_kl_estimate
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Evaluator:
     metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_draws(self.base, self.k + self.n, "base")
+        check_draws(self.base, self.k + self.n, "base")
 
     # --- whole evaluations ------------------------------------------------------------------------
 
@@ -73,9 +77,9 @@ class Evaluator:
         """Evaluate best-of-n; its KL is the closed form, an upper bound if draws tie or repeat."""
         wins, tilt = self._best_of_n_wins[""], BestOfN(self.n)
         kl = tilt.kl()
-        lengths = self._values(self.base, Group.lengths)
+        lengths = weighted_means(self.base, Group.lengths)
         weights = self._best_of_n_weights
-        chosen = self._values(self.base, Group.lengths, weights)
+        chosen = weighted_means(self.base, Group.lengths, weights)
         return ModelEvaluation(
             win_rate=win_rate_figure(wins, self.resamples),
             kl=Figure.exact(kl),
@@ -101,7 +105,7 @@ class Evaluator:
     def base_model(self) -> ModelEvaluation:
         """Evaluate the base model against itself."""
         half, nothing = Figure.exact(0.5), Figure.exact(0.0)
-        lengths = self._mean(self._values(self.base, Group.lengths))
+        lengths = self._mean(weighted_means(self.base, Group.lengths))
         return ModelEvaluation(
             win_rate=half,
             kl=nothing,
@@ -124,17 +128,17 @@ class Evaluator:
         """
         groups, weights = draws.groups, self._weights(draws)
         wins = self.wins(draws)
-        lengths = self._values(groups, Group.lengths, weights)
+        lengths = weighted_means(groups, Group.lengths, weights)
         kls = self._kls(draws, weights)
         kl = kls.get("rao_blackwellised", kls.get("plain"))
-        drawn = draws.best_of * self._values(groups, Group.lengths)
+        drawn = draws.best_of * weighted_means(groups, Group.lengths)
         return ModelEvaluation(
             win_rate=win_rate_figure(wins, self.resamples),
             kl=None if kl is None else self._mean(kl),
-            recovered=self._figure(_recovered, wins, self._best_of_n_wins[""]),
+            recovered=self._figure(recovered_share, wins, self._best_of_n_wins[""]),
             kl_efficiency=None if kl is None else self._figure(kl_efficiency, wins, kl),
             length=self._mean(lengths),
-            length_change=self._mean(lengths - self._values(self.base, Group.lengths)),
+            length_change=self._mean(lengths - weighted_means(self.base, Group.lengths)),
             tokens_per_answer=self._mean(drawn),
             win_rate_by={
                 name: win_rate_figure(self.wins(draws, name), self.resamples)
@@ -162,7 +166,7 @@ class Evaluator:
         answers = [self._answers(draws) for draws in policies.values()]
         base = self._opponents.groups
         difference = np.stack([rewards for rewards, _ in answers]) - [
-            _rewards(group, "") for group in base
+            rewards_of(group) for group in base
         ]
         fitted = length_controlled_win_rate(
             (difference > 0) + 0.5 * (difference == 0),
@@ -178,7 +182,7 @@ class Evaluator:
             for group in draws.groups
         ]
         shape = (len(groups), self.k)
-        rewards = np.broadcast_to([_rewards(group, "") for group in groups], shape)
+        rewards = np.broadcast_to([rewards_of(group) for group in groups], shape)
         return rewards, np.broadcast_to([group.lengths() for group in groups], shape)
 
     def pairs(self, policies: Mapping[str, Draws]) -> list[PairEvaluation]:
@@ -219,9 +223,11 @@ class Evaluator:
     def best_of_k(self, beyond: Sequence[int] = ()) -> list[BestOfK]:
         """Return the base model's best-of-k for k = 1..n, and extrapolated to the k in `beyond`."""
         return best_of_k_curve(
-            [_rewards(group, "") for group in self.base],
+            [rewards_of(group) for group in self.base],
             self.n,
-            further={name: [_rewards(group, name) for group in self.base] for name in self.rewards},
+            further={
+                name: [rewards_of(group, name) for group in self.base] for name in self.rewards
+            },
             beyond=beyond if self.n >= 4 else (),
             resamples=self.resamples,
         )
@@ -231,32 +237,18 @@ class Evaluator:
 
         Beirami et al. 2024, arXiv 2401.01879.
         """
-        estimates = self._values(
+        estimates = weighted_means(
             self.base,
             lambda group: best_of_n_kl_estimate(group.logprobs, self.n),
             self._best_of_n_weights,
         )
-        exact = [self._exact_kl(group) for group in self.base]
+        exact = [exact_best_of_n_kl(group, self.n) for group in self.base]
         known = [kl for kl in exact if kl is not None]
         return BestOfNKL(
             bound=BestOfN(self.n).kl(),
             beirami=self._mean(estimates),
             exact=float(np.mean(known)) if len(known) == len(exact) else None,
         )
-
-    def _exact_kl(self, group: Group) -> float | None:
-        distinct = {
-            ids: (logprob, reward)
-            for ids, logprob, reward in zip(
-                group.token_ids, group.logprobs, _rewards(group, ""), strict=True
-            )
-        }
-        logprobs, rewards = np.array(list(distinct.values())).T
-        p = np.exp(logprobs)
-        if abs(p.sum() - 1) > _MISSING_MASS:
-            return None
-        p /= p.sum()
-        return kl_pmf(best_of_n_pmf(p, rewards, self.n), p)
 
     # --- per prompt -------------------------------------------------------------------------------
 
@@ -272,7 +264,7 @@ class Evaluator:
     @cached_property
     def _best_of_n_weights(self) -> list[Floats]:
         """The probability that each of the base's draws is the best of n."""
-        return [best_of_k_weights(_rewards(group, ""))[self.n - 1] for group in self.base]
+        return [best_of_k_weights(rewards_of(group))[self.n - 1] for group in self.base]
 
     @cached_property
     def _opponents(self) -> Draws:
@@ -283,14 +275,14 @@ class Evaluator:
         columns = (draws.groups, self._opponents.groups, self._weights(draws))
         return np.array(
             [
-                float(own @ (_rewards(g, "")[:, None] == _rewards(base, "")).mean(axis=1))
+                float(own @ (rewards_of(g)[:, None] == rewards_of(base)).mean(axis=1))
                 for g, base, own in zip(*columns, strict=True)
             ]
         )
 
     def _wins_between(self, ours: Draws, theirs: Draws, reward: str = "") -> Floats:
         def wins(group: Group, other: Group, own: Floats, against: Floats) -> float:
-            difference = np.subtract.outer(_rewards(group, reward), _rewards(other, reward))
+            difference = np.subtract.outer(rewards_of(group, reward), rewards_of(other, reward))
             return float(own @ ((difference > 0) + 0.5 * (difference == 0)) @ against)
 
         columns = (ours.groups, theirs.groups, self._weights(ours), self._weights(theirs))
@@ -298,12 +290,12 @@ class Evaluator:
 
     def _weights(self, draws: Draws) -> list[Floats]:
         """Return the probability that each of a group's draws is the policy's answer."""
-        _check_draws(draws.groups, self.k if draws.best_of == 1 else draws.best_of, "model")
+        check_draws(draws.groups, self.k if draws.best_of == 1 else draws.best_of, "model")
         if [group.prompt_id for group in draws.groups] != [group.prompt_id for group in self.base]:
             raise ValueError("the model's groups and the base's are of different prompts")
         if draws.best_of == 1:
             return [np.full(group.n, 1.0 / group.n) for group in draws.groups]
-        return [best_of_k_weights(_rewards(group, ""))[draws.best_of - 1] for group in draws.groups]
+        return [best_of_k_weights(rewards_of(group))[draws.best_of - 1] for group in draws.groups]
 
     @cached_property
     def _best_of_n_wins(self) -> dict[str, Floats]:
@@ -311,39 +303,23 @@ class Evaluator:
         return {
             name: np.array(
                 [
-                    best_of_k_win_rates(_rewards(group, ""), _rewards(group, name))[self.n - 1]
+                    best_of_k_win_rates(rewards_of(group), rewards_of(group, name))[self.n - 1]
                     for group in self.base
                 ]
             )
             for name in ("", *self.rewards)
         }
 
-    def _values(
-        self,
-        groups: Sequence[Group],
-        values: Callable[[Group], ArrayLike],
-        weights: Sequence[Floats] | None = None,
-    ) -> Floats:
-        """Return each group's weighted mean of values (None: equal weights), shape (prompts,)."""
-        if weights is None:
-            return np.array([np.asarray(values(group), np.float64).mean() for group in groups])
-        return np.array(
-            [
-                own @ np.asarray(values(g), np.float64)
-                for g, own in zip(groups, weights, strict=True)
-            ]
-        )
-
     def _metric_values(
         self, groups: Sequence[Group], weights: Sequence[Floats] | None = None, whole: bool = True
     ) -> dict[str, Floats]:
         """Return every off-target metric, shape (prompts,); group metrics only if `whole`."""
         metrics = {
-            name: self._values(groups, metric.function, weights)
+            name: weighted_means(groups, metric.function, weights)
             for name, metric in COMPLETION_METRICS.items()
         }
         metrics |= {
-            name: self._values(groups, partial(_metric, name), weights) for name in self.metrics
+            name: weighted_means(groups, partial(metric_of, name), weights) for name in self.metrics
         }
         if whole:
             metrics |= {
@@ -387,7 +363,7 @@ class Evaluator:
         Best-of-N of a model M has KL(M_N ‖ M) + E_{M_N}[ln M/π0]: the closed form, plus the plain
         log-ratio of its answers.
         """
-        estimates = self._estimates(draws.groups, weights)
+        estimates = kl_estimates(draws.groups, weights)
         if draws.best_of == 1:
             return estimates
         return (
@@ -400,64 +376,11 @@ class Evaluator:
         """Return the estimates of KL(base ‖ policy); None if not measured, or infinite."""
         if draws.forward is None or draws.best_of > 1:
             return None
-        estimates = self._estimates(draws.forward)
+        estimates = kl_estimates(draws.forward)
         return {name: self._mean(values) for name, values in estimates.items()} or None
-
-    def _estimates(
-        self, groups: Sequence[Group], weights: Sequence[Floats] | None = None
-    ) -> dict[str, Floats]:
-        """Return the KL estimates that all groups have; none if the KL is infinite."""
-        estimates = {
-            name: self._values(groups, partial(_metric, key), weights)
-            for name, key in KL_METRICS.items()
-            if all(key in group.metrics for group in groups)
-        }
-        return estimates if all(np.isfinite(values).all() for values in estimates.values()) else {}
 
     def _mean(self, per_prompt: Floats) -> Figure:
         return self._figure(lambda mean: mean, per_prompt)
 
     def _figure(self, statistic: Callable[..., ArrayLike], *per_prompt: Floats) -> Figure:
         return bootstrap(per_prompt, statistic, self.resamples)
-
-
-# The names of the KL estimates among a group's metrics.
-KL_METRICS = {"rao_blackwellised": "kl", "plain": "kl_plain", "k3": "kl_k3"}
-
-
-def _check_draws(groups: Sequence[Group], wanted: int, whose: str) -> None:
-    for group in groups:
-        if group.n < wanted:
-            raise ValueError(
-                f"the {whose} group {group.prompt_id} has {group.n} completions, not {wanted}"
-            )
-
-
-def best_draw(group: Group, n: int) -> Group:
-    """Return the group of only the best of the first n draws (the first of equals)."""
-    best = int(np.argmax(_rewards(group, "")[:n]))
-    return group.part(best, best + 1)
-
-
-def _rewards(group: Group, name: str) -> Floats:
-    """Return the rewards that select (the empty name), or a further reward."""
-    return np.asarray(group.metrics[name] if name else group.rewards, dtype=np.float64)
-
-
-def _metric(name: str, group: Group) -> Floats:
-    return np.asarray(group.metrics[name], dtype=np.float64)
-
-
-def _recovered(win: ArrayLike, best: ArrayLike) -> Floats:
-    gain = np.asarray(best) - 0.5
-    # With a constant reward best-of-n gains nothing, up to rounding.
-    return np.divide(np.asarray(win) - 0.5, gain, out=np.zeros_like(gain), where=gain > ROUNDING)
-
-
-def kl_efficiency(win: ArrayLike, kl: ArrayLike) -> Floats:
-    """Compute the least KL for a win rate / the KL spent (nats), elementwise; 0 for ½ or less."""
-    wins, kls = np.broadcast_arrays(np.asarray(win, np.float64), np.asarray(kl, np.float64))
-    gains = (wins > 0.5 + ROUNDING) & (kls > 0)
-    # A win rate of 1 has an infinite least KL; a sample cannot distinguish it from one below 1.
-    least = optimal_kl(np.clip(wins, 0.5, 1 - 1e-6))
-    return np.asarray(np.where(gains, least / np.where(kls > 0, kls, 1.0), 0.0))

@@ -1,4 +1,4 @@
-"""The objectives by name, and what one takes: the log-probabilities of a batch of groups."""
+"""The objectives by name, and their input: the log-probabilities of a batch of groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bonbon.objectives.ranks import (
     weighted_sft,
 )
 from bonbon.objectives.selection import (
-    Select,
+    Selector,
     all_completions,
     best,
     best_and_random,
@@ -25,15 +25,13 @@ from bonbon.objectives.selection import (
 )
 from bonbon.tilt.base import Tilt
 
-# --- what the trainer and the configuration select from -------------------------------------------
-
 
 @dataclass(frozen=True)
 class GroupLogps:
-    """Of each group the completions that an objective uses, all tensors (groups, completions).
+    """Figures of the completions that an objective uses, tensors of shape (groups, completions).
 
-    `logps` and `ref_logps` are summed log-probabilities in nats under the policy and the base
-    model. Objectives of a pair find the better completion in the first column.
+    `logps` and `ref_logps` are log-probabilities summed over tokens, in nats, under the policy and
+    the base model. Objectives of a pair have the better completion in the first column.
     """
 
     logps: torch.Tensor
@@ -41,13 +39,16 @@ class GroupLogps:
     rewards: torch.Tensor
 
     def pair(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(better, worse, ref_better, ref_worse), each (groups,). ValueError if it is no pair."""
+        """Return (better, worse, ref_better, ref_worse), each of shape (groups,).
+
+        Raises ValueError where the groups do not have two completions.
+        """
         if self.logps.shape[1] != 2:
             raise ValueError(f"this objective needs two completions, got {self.logps.shape[1]}")
         return *self.logps.unbind(dim=1), *self.ref_logps.unbind(dim=1)  # type: ignore[return-value]
 
     def ranks(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(logps, ref_logps, rewards), for the objectives of all ranks."""
+        """Return (logps, ref_logps, rewards), for the objectives of all ranks."""
         return self.logps, self.ref_logps, self.rewards
 
 
@@ -55,8 +56,8 @@ class GroupLogps:
 class ObjectiveSettings:
     """The numbers an objective may need.
 
-    `n` completions a group were drawn; `tilt` is aimed at; `alpha` weighs the likelihood part;
-    `beta` is that of the DPO and IPO baselines; `delta` (nats) is Huber's.
+    `n`: completions drawn for each group; `tilt`: the tilt to aim at; `alpha`: the weight of the
+    likelihood part; `beta`: that of the DPO and IPO baselines; `delta`: Huber's, in nats.
     """
 
     n: int
@@ -70,13 +71,16 @@ class ObjectiveSettings:
 class Objective:
     """A named objective: its losses, and which completions of a group it uses.
 
-    `any_tilt` says whether it can aim at any tilt or only at the best of the n drawn; `compares`,
-    whether it compares the policy's log-probabilities with the base model's; `tilt` is the one that
-    it aims at unless told otherwise.
+    Attributes:
+        loss: maps the groups' figures to losses of shape (groups,).
+        select: takes the completions of a group that `loss` uses.
+        any_tilt: whether it can aim at any tilt, or only at the best of the n drawn.
+        compares: whether it compares the policy's log-probabilities with the base model's.
+        tilt: the name of the tilt that it aims at by default.
     """
 
     loss: Callable[[GroupLogps, ObjectiveSettings], torch.Tensor]
-    select: Select = best_and_worst
+    select: Selector = best_and_worst
     any_tilt: bool = False
     compares: bool = True
     tilt: str = "best_of_n"
@@ -115,11 +119,12 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def group_metrics(group: GroupLogps) -> dict[str, torch.Tensor]:
-    """What is logged beside the loss, each of shape (groups,).
+    """Compute what is logged beside the loss, each of shape (groups,).
 
-    `sft_loss` (−ln π of the best), `best_log_ratio` (its ln π/π0, nats), and where the objective
-    uses more than one completion `margin` (the best's log-ratio over the worst's, nats) and
-    `accuracy` (the share of pairs, ties left out, whose log-ratios are in the rewards' order).
+    `sft_loss`: −ln π of the best completion, nats; `best_log_ratio`: its ln π/π0, nats. Where the
+    objective uses several completions also `margin`: the best one's log-ratio minus the worst
+    one's, nats; `accuracy`: the share of pairs with different rewards whose log-ratios are in the
+    rewards' order.
     """
     log_ratios = group.logps - group.ref_logps
     at_best = group.rewards.argmax(dim=1, keepdim=True)

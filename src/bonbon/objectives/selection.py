@@ -1,8 +1,8 @@
-"""Choosing, from each group, the completions that training uses.
+"""Selectors: which completions of a group training uses.
 
-A choice maps a scored group to the indices of its completions, the better ones first, or to None
-when the rewards that it would compare all tie. Random choices depend on the prompt's id alone, so
-that every run, epoch and process makes the same ones.
+A selector maps a scored group to the indices of completions, better ones first, or to None when all
+rewards of the group tie. Random selectors depend on the prompt's id alone, so that every run, epoch
+and process selects the same completions.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from bonbon.groups.group import Group
 from bonbon.system.errors import BonbonError
 
-Select = Callable[[Group], tuple[int, ...] | None]
+Selector = Callable[[Group], tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
 class SelectedGroup:
-    """The completions of a group that an objective uses.
+    """What a selector takes of one group.
 
-    `ref_logps` (nats, under the base model) and `rewards` are one a completion.
+    `completions` are token ids. `ref_logps` (summed over tokens, nats, under the base model) and
+    `rewards` have one value for each completion.
     """
 
     prompt_id: str
@@ -33,21 +34,21 @@ class SelectedGroup:
     rewards: tuple[float, ...]
 
 
-# --- choices --------------------------------------------------------------------------------------
+# --- selectors ------------------------------------------------------------------------------------
 
 
 def best(group: Group) -> tuple[int, ...] | None:
-    """The best completion.
+    """Select the best completion.
 
-    Among completions that share the largest (or smallest) reward the first drawn is taken, here and
-    below; draws are exchangeable, so this is an unbiased choice.
+    Of completions that share the largest (or smallest) reward the first drawn is taken, here and
+    below. Draws are exchangeable, so this has no bias.
     """
     pair = best_and_worst(group)
     return None if pair is None else pair[:1]
 
 
 def best_and_worst(group: Group) -> tuple[int, ...] | None:
-    """The best and the worst completion."""
+    """Select the best and the worst completion."""
     rewards = checked_rewards(group)
     largest, smallest = max(rewards), min(rewards)
     if largest == smallest:
@@ -56,7 +57,7 @@ def best_and_worst(group: Group) -> tuple[int, ...] | None:
 
 
 def best_and_random(group: Group) -> tuple[int, ...] | None:
-    """The best completion and a random one of those with a lower reward."""
+    """Select the best completion and a random one of those with a lower reward."""
     rewards = checked_rewards(group)
     largest = max(rewards)
     lower = [index for index, reward in enumerate(rewards) if reward < largest]
@@ -66,7 +67,7 @@ def best_and_random(group: Group) -> tuple[int, ...] | None:
 
 
 def random_pair(group: Group) -> tuple[int, ...] | None:
-    """A random pair of completions with different rewards, the better one first."""
+    """Select a random pair of completions with different rewards, the better one first."""
     rewards = checked_rewards(group)
     ascending = sorted(rewards)
     below = [bisect_left(ascending, reward) for reward in rewards]  # completions of a lower reward
@@ -79,16 +80,22 @@ def random_pair(group: Group) -> tuple[int, ...] | None:
 
 
 def all_completions(group: Group) -> tuple[int, ...] | None:
-    """All completions, as drawn."""
+    """Select all completions, in the order in which they were drawn."""
     rewards = checked_rewards(group)
     return None if max(rewards) == min(rewards) else tuple(range(len(rewards)))
 
 
 def checked_rewards(group: Group) -> tuple[float, ...]:
+    """Return a group's rewards.
+
+    Raises BonbonError where there are none, where one is not finite, and for fewer than two.
+    """
     if group.rewards is None:
         raise BonbonError(f"group {group.prompt_id} has no rewards; run `bonbon score` first")
     if group.n < 2:
-        raise BonbonError(f"group {group.prompt_id} has {group.n} completion; ranking needs n >= 2")
+        raise BonbonError(
+            f"group {group.prompt_id} has {group.n} completion; ranking needs n >= 2, so draw more"
+        )
     for k, reward in enumerate(group.rewards):
         if not math.isfinite(reward):  # NaN is neither more nor less than another
             raise BonbonError(

@@ -15,7 +15,9 @@ import numpy as np
 from bonbon.config.evaluation import JudgeConfig
 from bonbon.config.sampling import ModelConfig
 from bonbon.evaluation.drift import metrics_for
-from bonbon.evaluation.evaluator import ROUNDING, Evaluator, best_draw
+from bonbon.evaluation.efficiency import ROUNDING
+from bonbon.evaluation.evaluator import Evaluator
+from bonbon.evaluation.group_values import best_draw
 from bonbon.evaluation.human_text import TextLosses, bits_per_byte, forgetting, perplexity
 from bonbon.evaluation.judge import Comparison, judge_comparisons
 from bonbon.evaluation.results import Draws, Evaluation, HumanText, JudgeFigures, ModelEvaluation

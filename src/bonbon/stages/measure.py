@@ -28,7 +28,7 @@ from bonbon.config.sampling import (
     SamplingConfig,
     TransformersSamplerConfig,
 )
-from bonbon.evaluation.evaluator import KL_METRICS
+from bonbon.evaluation.group_values import KL_METRICS
 from bonbon.evaluation.human_text import TextLosses, human_text_losses, read_texts
 from bonbon.evaluation.kl import completion_kls, vocabulary_size
 from bonbon.evaluation.results import Draws

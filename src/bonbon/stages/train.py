@@ -1,4 +1,4 @@
-"""The stage `train`: from groups to a model's folder, in one process or in several."""
+"""The stage `train`: reads groups and writes trained models, in one process or in several."""
 
 from __future__ import annotations
 
@@ -37,16 +37,23 @@ from bonbon.system.processes import (
 )
 from bonbon.system.progress import progress_bar
 from bonbon.training.arguments import target_n
-from bonbon.training.from_config import _BarCallback, _callbacks, _peft_config, _training_arguments
+from bonbon.training.dataset_file import SelectedGroups
+from bonbon.training.from_config import (
+    ProgressCallback,
+    callbacks_of,
+    peft_config_of,
+    training_arguments,
+)
 from bonbon.training.trainer import BoNBoNConfig, BoNBoNTrainer
 
-_SPLIT = "eval_fraction"  # apart from that of the evaluation's prompts, which are not among these
+_SPLIT = "eval_fraction"  # a split independent of the one that holds out the evaluation's prompts
 
 
 def train(folder: RunFolder) -> None:
     """Fine-tune the model, and the baselines, on the groups.
 
-    Processes that `torchrun` or `accelerate launch` started do it together: all call this.
+    Each of the processes that `torchrun` or `accelerate launch` started calls this. Raises
+    BonbonError for settings that do not work and for groups that are not complete.
     """
     refuse_rounds(folder.config)
     check_trainings(folder)
@@ -56,10 +63,14 @@ def train(folder: RunFolder) -> None:
 
 
 def check_trainings(folder: RunFolder) -> None:
-    """Find wrong training settings before anything is drawn. Raises BonbonError."""
+    """Raise BonbonError for wrong training settings, before anything is drawn."""
     for name, settings in folder.config.trainings.items():
-        target_n(_training_arguments(folder, name), folder.config.sampling.n)
-        _peft_config(settings)
+        target_n(_arguments(folder, name), folder.config.sampling.n)
+        peft_config_of(settings)
+
+
+def _arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
+    return training_arguments(folder.config, name, folder.checkpoints(name))
 
 
 def _train_one(folder: RunFolder, name: str) -> None:
@@ -80,15 +91,15 @@ def _train_one(folder: RunFolder, name: str) -> None:
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except DivergedError:
-            _remove_checkpoints(folder, name)  # so that it can be begun with other settings
+            _remove_checkpoints(folder, name)  # so that other settings can be trained with
             raise
     assert trainer.selection is not None
     record = {
         "objective": settings.objective,
         "n": trainer.n,
         "tilt": trainer.tilt,
-        "groups": trainer.selection.found,
-        "held_out_groups": trainer.held_out.found if trainer.held_out else 0,
+        "groups": _count(trainer.selection),
+        "held_out_groups": _count(trainer.held_out),
         "tied_groups_dropped": trainer.selection.tied,
         "seconds": time.monotonic() - began,
         "log": [_as_json(entry) for entry in trainer.state.log_history],
@@ -97,13 +108,18 @@ def _train_one(folder: RunFolder, name: str) -> None:
     _remove_checkpoints(folder, name)
 
 
+def _count(groups: SelectedGroups | None) -> int:
+    """Return how many groups there were, those that tie among them."""
+    return 0 if groups is None else len(groups) + groups.tied
+
+
 def _remove_checkpoints(folder: RunFolder, name: str) -> None:
     if is_main_process():
         shutil.rmtree(folder.checkpoints(name), ignore_errors=True)
 
 
 def _as_json(entry: dict[str, Any]) -> dict[str, Any]:
-    """A line of the trainer's log; JSON has no NaN and no infinities."""
+    """Replace what JSON does not have, NaN and infinities, by None in a line of the log."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in entry.items()
@@ -114,9 +130,9 @@ def _trainer(
     folder: RunFolder, name: str, groups: StoredGroups, held_out: StoredGroups | None
 ) -> BoNBoNTrainer:
     settings = folder.config.trainings[name]
-    peft_config = _peft_config(settings)
-    # Before the model is loaded, which DeepSpeed's ZeRO-3 shards as it comes.
-    arguments = _training_arguments(folder, name)
+    peft_config = peft_config_of(settings)
+    # Before the model is loaded, since DeepSpeed's ZeRO-3 then shards it while it loads.
+    arguments = _arguments(folder, name)
     model, tokenizer = _base(folder.config, settings, arguments)
     trainer = BoNBoNTrainer(
         model,
@@ -125,7 +141,7 @@ def _trainer(
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=_callbacks(settings),
+        callbacks=callbacks_of(settings),
     )
     trainer.remove_callback(PrinterCallback)
     if trainer.is_deepspeed_enabled:
@@ -134,7 +150,7 @@ def _trainer(
 
 
 def _check_zero3(plugin: Any, settings: TrainConfig) -> None:
-    """Raise BonbonError for a model that could not be saved in the end."""
+    """Raise BonbonError for settings of ZeRO-3 with which the trained model cannot be saved."""
     if plugin.zero_stage != 3:
         return
     zero = plugin.deepspeed_config["zero_optimization"]
@@ -142,19 +158,19 @@ def _check_zero3(plugin: Any, settings: TrainConfig) -> None:
         raise BonbonError(
             "with DeepSpeed's ZeRO-3 the model is only saved where "
             "stage3_gather_16bit_weights_on_model_save (accelerate: zero3_save_16bit_model) is "
-            "true; set it"
+            "true; set it to true"
         )
     if settings.lora is not None and settings.lora.merge:
         raise BonbonError(
-            "train.lora.merge does not go with DeepSpeed's ZeRO-3; set it to false, or share the "
-            "weights by FSDP or ZeRO-2"
+            "train.lora.merge does not work with DeepSpeed's ZeRO-3; set it to false, or shard "
+            "the weights by FSDP or ZeRO-2"
         )
 
 
 def _base(
     config: RunConfig, settings: TrainConfig, arguments: BoNBoNConfig
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """The model to start from, on the CPU, as the trainer moves it; quantised, where it stays."""
+    """Load the model to start from: on the CPU, or if quantised, on the device it stays on."""
     quantization = None if settings.lora is None else settings.lora.quantization
     return load_policy(
         config.model.name,
@@ -168,17 +184,17 @@ def _base(
 
 @contextmanager
 def _shown(trainer: BoNBoNTrainer, title: str) -> Iterator[None]:
-    """Show the trainer's steps, in the main process alone."""
+    """Show the trainer's steps, in the main process only."""
     if not is_main_process():
         yield
         return
     with progress_bar(title, 0, "steps") as bar:
-        trainer.add_callback(_BarCallback(bar))
+        trainer.add_callback(ProgressCallback(bar))
         yield
 
 
 def _check_checkpoint(trainer: BoNBoNTrainer, checkpoint: Path) -> None:
-    """Raise BonbonError for a checkpoint of processes that shared the weights in another way."""
+    """Raise BonbonError for a checkpoint of processes that sharded the weights in another way."""
     states = len(list(checkpoint.glob("global_step*/*_optim_states.pt")))
     if states:
         written = f"DeepSpeed with a world size of {states}"
@@ -187,25 +203,29 @@ def _check_checkpoint(trainer: BoNBoNTrainer, checkpoint: Path) -> None:
     else:
         written = "whole weights in each process"
     if trainer.is_deepspeed_enabled:
-        asked = f"DeepSpeed with a world size of {process_count()}"
+        now = f"DeepSpeed with a world size of {process_count()}"
     else:
-        asked = "FSDP" if trainer.is_fsdp_enabled else "whole weights in each process"
-    if written != asked:
+        now = "FSDP" if trainer.is_fsdp_enabled else "whole weights in each process"
+    if written != now:
         raise BonbonError(
-            f"the training in {checkpoint} was begun with {written} and cannot go on with {asked}; "
-            "launch it as before, or remove that folder to train anew"
+            f"the training in {checkpoint} was begun with {written} and cannot be resumed with "
+            f"{now}; launch it as before, or remove that folder to train from the start"
         )
 
 
 def _split(groups: StoredGroups, fraction: float) -> tuple[StoredGroups, StoredGroups | None]:
-    """The groups to train on, and those held out for the evaluation loss."""
+    """Divide the groups into those to train on and those held out for the evaluation loss.
+
+    Raises BonbonError where one of the two would be empty.
+    """
     if fraction == 0:
         return groups, None
     kept = replace(groups, wanted=lambda group: not is_held_out(group, fraction, _SPLIT))
     held = replace(groups, wanted=lambda group: is_held_out(group, fraction, _SPLIT))
     if from_main_process(lambda: _is_empty(kept) or _is_empty(held)):
         raise BonbonError(
-            f"train.eval_fraction = {fraction:g} of the groups leaves a side empty; change it"
+            f"train.eval_fraction = {fraction:g} leaves no groups to train on, or none to "
+            "evaluate; change it, or draw for more prompts"
         )
     return kept, held
 
@@ -217,8 +237,8 @@ def _is_empty(groups: StoredGroups) -> bool:
 def _save_model(
     trainer: BoNBoNTrainer, folder: RunFolder, name: str, record: dict[str, Any]
 ) -> None:
-    """Save the model folder whole or not at all, safetensors only."""
-    weights = trainer.gathered_weights()  # which takes all processes
+    """Save the model's folder, whole or not at all, with weights as safetensors only."""
+    weights = trainer.gathered_weights()  # all processes must take part
     if is_main_process():
         tokenizer: Any = trainer.processing_class
         with atomic_folder(folder.model(name)) as temporary:

@@ -1,9 +1,9 @@
-"""Batches of groups, and their distribution over processes.
+"""Batches: which groups each process trains on, and with which weight.
 
-A batch has the same groups for any number of processes. It is processed in parts, one forward pass
-each: its groups, longest first, are dealt to the processes like cards, and as many rounds as fit in
-`max_batch_tokens` make a part. So all processes do the same number of forward passes, which sharded
-weights need, on groups of similar length, and none waits long.
+A batch has the same groups for any number of processes. It is divided into parts, one forward pass
+each: its groups, longest first, are dealt to the processes in turn, and as many rounds as fit in
+`max_batch_tokens` make a part. So all processes do the same number of forward passes, as sharded
+weights need, on groups of similar length, and wait little for each other.
 """
 
 from __future__ import annotations
@@ -46,26 +46,34 @@ class Processes:
     index: int = 0
 
 
+def default_batch_tokens(device: torch.device) -> int:
+    """Return the default of `max_batch_tokens` on a device.
+
+    A CPU is fastest while a forward pass fits its caches; elsewhere memory sets the limit.
+    """
+    return 4096 if device.type == "cpu" else 32_768
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of an epoch's groups: that of transformers' `Trainer` in one process."""
+    """Return an epoch's order of the groups, as transformers' `Trainer` has it in one process."""
     generator = torch.Generator().manual_seed(seed + epoch)
     return torch.randperm(count, generator=generator).numpy()
 
 
 def deal(shapes: ArrayLike, max_tokens: int, processes: int = 1) -> list[Deal]:
-    """Divide a batch into parts: for each, the indices of each process' groups.
+    """Divide a batch into parts: for each, the indices of the groups that each process takes.
 
-    Every index is in exactly one list. A part's lists have equal length; only in the last part may
-    those of later processes be shorter by one, or empty.
+    Every index is in exactly one list. The lists of a part have the same length; only in the last
+    part those of later processes may be shorter by one.
 
     Args:
-        shapes: (G, 3), for each group: tokens of the prompt, number of completions, tokens of the
-            longest completion.
-        max_tokens: most tokens of a part in a process.
-        processes: the number that share the batch.
+        shapes: (G, 3): of each group the tokens of the prompt, the completions, and the tokens of
+            the longest completion.
+        max_tokens: the most tokens of a part in one process, with padding.
+        processes: the number of processes that share the batch.
     """
     prompts, completions, longest = np.asarray(shapes, dtype=np.int64).T
-    # Counted with the longest prompt of all, so that padding cannot exceed the limit.
+    # Counted with the longest prompt, so that a part with its padding stays within the limit.
     lengths = completions * (prompts.max() + longest)
     order = np.argsort(-lengths, kind="stable").tolist()
     rounds = [order[start : start + processes] for start in range(0, len(order), processes)]
@@ -82,15 +90,15 @@ class GroupBatches(Sampler[list[Part]]):
     """A sampler of an epoch's batches, each as this process' parts.
 
     In an epoch every group is in exactly one part with a share above 0, over all processes. The
-    loss averaged over `window` batches (or those left at an epoch's end) and over the processes is
-    then the mean over all their groups.
+    shares are such that the mean over processes of the mean over `window` batches (or the fewer
+    left at an epoch's end) is the mean over all their groups.
 
     Args:
-        shapes: (G, 3), all groups' shapes, in every process; see `deal`.
-        batch_size: groups a batch, over all processes; the last batch of an epoch may have fewer.
-        max_tokens: most tokens of a part in a process.
-        window: batches whose gradients are accumulated.
-        seed: of the epochs' orders; None: the groups' own order.
+        shapes: (G, 3), the shapes of all groups, in every process; see `deal`.
+        batch_size: groups in a batch, over all processes; an epoch's last batch may have fewer.
+        max_tokens: the most tokens of a part in one process.
+        window: the number of batches whose gradients are accumulated.
+        seed: for the epochs' random orders; None: the groups' own order.
         processes: the processes that share the work.
         drop_last: leave out the last batch where it has fewer groups.
     """
@@ -116,7 +124,7 @@ class GroupBatches(Sampler[list[Part]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which determines the order."""
+        """Set the epoch whose order the next iterations follow."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -144,7 +152,7 @@ class GroupBatches(Sampler[list[Part]]):
 
 
 class PartsDataset(Dataset[tuple[list[SelectedGroup], float]]):
-    """A dataset of groups, indexed by the parts that `GroupBatches` yields."""
+    """A data set of groups that is indexed by the parts of `GroupBatches`."""
 
     def __init__(self, groups: Sequence[SelectedGroup]) -> None:
         self.groups = groups
@@ -157,18 +165,18 @@ class PartsDataset(Dataset[tuple[list[SelectedGroup], float]]):
 
 
 class GroupLoader(DataLoader[tuple[list[SelectedGroup], float]]):
-    """A data loader over `GroupBatches` with the `set_epoch` that the `Trainer` calls."""
+    """A data loader over `GroupBatches` with a method that the `Trainer` sets the epoch by."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which determines the order."""
+        """Set the epoch whose order the next iterations follow."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
 class GroupCollator:
-    """Groups to tensors: a batch of parts, each some groups with what their mean loss counts for.
+    """Converts a batch's parts, each some groups and the share of their mean loss, to tensors.
 
-    So the parts' losses add up to the batch's mean, whatever the parts are.
+    With these shares the parts' losses add up to the batch's mean loss.
     """
 
     pad_id: int
@@ -186,7 +194,7 @@ class GroupCollator:
         )
         return vars(rows) | {
             "ref_logps": torch.tensor([group.ref_logps for group in groups]),
-            # In double precision, or rewards that differ in the last digits would tie.
+            # In double precision, so that rewards which differ in the last digits do not tie.
             "rewards": torch.tensor([group.rewards for group in groups], dtype=torch.float64),
             "share": torch.tensor(share, dtype=torch.float64),
         }

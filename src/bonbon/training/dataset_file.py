@@ -1,7 +1,7 @@
 """Selected groups in an Arrow file that all processes of a machine map into memory.
 
-The operating system loads and drops the pages of a mapped file, and the processes share them. So
-a process itself holds only the figures of a group (`ref_logps`, `shapes`), not its tokens.
+The operating system reads and drops the pages of a mapped file, and processes share them. So each
+process holds only the figures of a group (`ref_logps`, `shapes`), not its tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pyarrow as pa
 from bonbon.objectives.selection import SelectedGroup
 from bonbon.system.storage import cannot_write
 
-_CHUNK = 2**18  # tokens a record batch
-_HASHED_COLUMNS = ("prompt_id", "prompt_token_ids", "completions")
+_CHUNK = 2**18  # tokens in a record batch
+_COMPARED = ("prompt_id", "prompt_token_ids", "completions")  # by a digest
 _SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -33,7 +33,7 @@ _SCHEMA = pa.schema(
 
 
 def write_selected(groups: Iterable[SelectedGroup], path: Path) -> None:
-    """Write groups to a file for `SelectedGroups`, with one chunk in memory at a time.
+    """Write groups to a file that `SelectedGroups` opens, with one chunk in memory at a time.
 
     Raises BonbonError when the file cannot be written.
     """
@@ -59,7 +59,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _chunks(groups: Iterable[SelectedGroup]) -> Iterator[list[SelectedGroup]]:
-    """Yield lists of groups with about `_CHUNK` tokens together, or single longer groups."""
+    """Yield lists of groups with about `_CHUNK` tokens together; a larger group is alone."""
     chunk: list[SelectedGroup] = []
     tokens = 0
     for group in groups:
@@ -88,7 +88,7 @@ def _batch(groups: Sequence[SelectedGroup]) -> pa.RecordBatch:
 
 
 def _lists(rows: Sequence[Sequence[Any]], dtype: type) -> pa.ListArray:
-    """Convert rows of numbers to a column, through numpy, which is faster than Arrow's own way."""
+    """Convert rows of numbers to a column, by numpy, which is faster than Arrow's own code."""
     flat = pa.array(np.array([value for row in rows for value in row], dtype=dtype))
     return pa.ListArray.from_arrays(_offsets(rows), flat)
 
@@ -98,17 +98,21 @@ def _offsets(rows: Sequence[Sequence[Any]]) -> pa.Array:
 
 
 class SelectedGroups(Sequence[SelectedGroup]):
-    """A sequence of G groups of m selected completions each, in a file of `write_selected`.
+    """G selected groups of m completions each, mapped from a file that `write_selected` wrote.
 
-    Once it is open, its file may be removed.
+    The file may be removed once it is open.
 
     Attributes:
-        ref_logps: (G, m) float64, nats; values written here replace the groups' own.
-        shapes: (G, 3) int32, for each group: tokens of the prompt, number of completions, tokens of
-            the longest completion.
+        n: the completions that each group had before the selector.
+        tied: the groups that were left out because their rewards tie.
+        ref_logps: (G, m) float64, nats. Values written here are those that the groups then have.
+        shapes: (G, 3) int32: of each group the tokens of the prompt, the completions, and the
+            tokens of the longest completion.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, n: int, tied: int) -> None:
+        self.n = n
+        self.tied = tied
         with pa.memory_map(str(path)) as source:
             self._batches = pa.ipc.open_file(source).read_all().to_batches()
         self._ends = np.cumsum([len(batch) for batch in self._batches], dtype=np.int64).tolist()
@@ -132,30 +136,30 @@ class SelectedGroups(Sequence[SelectedGroup]):
         index = range(len(self))[index]
         batch = bisect_right(self._ends, index)
         row = index - (self._ends[batch - 1] if batch else 0)
-        record = self._batches[batch].slice(row, 1)
+        columns = self._batches[batch].slice(row, 1)
         return SelectedGroup(
-            prompt_id=record["prompt_id"][0].as_py(),
-            prompt_token_ids=_numbers(record["prompt_token_ids"][0].values),
-            completions=tuple(_numbers(it.values) for it in record["completions"][0].values),
+            prompt_id=columns["prompt_id"][0].as_py(),
+            prompt_token_ids=_numbers(columns["prompt_token_ids"][0].values),
+            completions=tuple(_numbers(ids.values) for ids in columns["completions"][0].values),
             ref_logps=tuple(self.ref_logps[index].tolist()),
-            rewards=_numbers(record["rewards"][0].values),
+            rewards=_numbers(columns["rewards"][0].values),
         )
 
     def __iter__(self) -> Iterator[SelectedGroup]:
         return map(self.__getitem__, range(len(self)))
 
     def digest(self) -> str:
-        """Compute a hash of the groups' texts and order, without their figures."""
+        """Return a digest of the prompts and completions in their order, without the figures."""
         digest = hashlib.blake2b(digest_size=16)
         for batch in self._batches:
-            for name in _HASHED_COLUMNS:
+            for name in _COMPARED:
                 for buffer in batch[name].buffers():
                     digest.update(buffer or b"")
         return digest.hexdigest()
 
 
 def _square(column: Any) -> np.ndarray[Any, Any]:
-    """Convert a column of lists of equal length to a two-dimensional array."""
+    """Convert a column of lists of one length to an array of two dimensions."""
     return column.values.to_numpy().reshape(len(column), -1).copy()
 
 
@@ -168,5 +172,5 @@ def _shapes(batch: pa.RecordBatch) -> np.ndarray[Any, Any]:
 
 
 def _numbers(values: Any) -> tuple[Any, ...]:
-    """Return an array's values, through numpy, which is ten times as fast as Arrow's own way."""
+    """Return an array's values, by numpy, which is ten times as fast as Arrow's own code."""
     return tuple(values.to_numpy().tolist())

@@ -1,9 +1,10 @@
-"""Build the trainer and its arguments from the configuration."""
+"""Builds what the trainer needs from the configuration: arguments, adapter, callbacks."""
 
 from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -15,28 +16,30 @@ from transformers import (
     TrainingArguments,
 )
 
+from bonbon.config.run import RunConfig
 from bonbon.config.training import TrainConfig
-from bonbon.runs.run_folder import RunFolder
 from bonbon.system.errors import BonbonError
-from bonbon.system.processes import (
-    process_count,
-)
-from bonbon.training.trainer import BoNBoNConfig
+from bonbon.system.processes import process_count
+from bonbon.training.arguments import BoNBoNConfig
 
 
-def _training_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
+def training_arguments(config: RunConfig, name: str, output_dir: Path) -> BoNBoNConfig:
+    """Build the trainer's arguments for the training of that name.
+
+    `output_dir` is the folder of its checkpoints. Raises BonbonError for settings that do not work.
+    """
     try:
-        return _build_arguments(folder, name)
+        return _build_arguments(config, name, output_dir)
     except (ValueError, ImportError) as error:  # an optimiser that is not there, bf16 without it
         raise BonbonError(f"the training settings of {name} do not work: {error}") from error
 
 
-def _build_arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
-    config, settings = folder.config, folder.config.trainings[name]
+def _build_arguments(config: RunConfig, name: str, output_dir: Path) -> BoNBoNConfig:
+    settings = config.trainings[name]
     stops_early = settings.early_stopping_patience is not None
     saving = settings.eval_steps if stops_early else settings.save_steps
     arguments = BoNBoNConfig(
-        output_dir=str(folder.checkpoints(name)),
+        output_dir=str(output_dir),
         objective=settings.objective,
         tilt=settings.tilt,
         n=settings.n,
@@ -91,13 +94,17 @@ def _accelerator_config() -> dict[str, Any]:
     return {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 
 
-def _peft_config(settings: TrainConfig) -> PeftConfig | None:
+def peft_config_of(settings: TrainConfig) -> PeftConfig | None:
+    """Build the adapter's configuration, None to train all weights.
+
+    Raises BonbonError for an adapter on quantised weights that is to be merged.
+    """
     lora = settings.lora
     if lora is None:
         return None
     if lora.quantization is not None and lora.merge:
         raise BonbonError(
-            "an adapter that was trained on quantised weights is not merged into them; set "
+            "an adapter that was trained on quantised weights cannot be merged into them; set "
             "train.lora.merge to false"
         )
     return LoraConfig(
@@ -109,13 +116,14 @@ def _peft_config(settings: TrainConfig) -> PeftConfig | None:
     )
 
 
-def _callbacks(settings: TrainConfig) -> list[TrainerCallback]:
+def callbacks_of(settings: TrainConfig) -> list[TrainerCallback]:
+    """Build the callbacks that the settings ask for: early stopping, or none."""
     patience = settings.early_stopping_patience
     return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
 
 
-class _BarCallback(TrainerCallback):
-    """Shows the trainer's steps on our own progress bar."""
+class ProgressCallback(TrainerCallback):
+    """Shows the trainer's steps, its loss and its accuracy on a progress bar."""
 
     def __init__(self, bar: Any) -> None:
         self.bar = bar

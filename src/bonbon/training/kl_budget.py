@@ -1,10 +1,10 @@
 """A budget for a trained policy's measured KL divergence from the base model.
 
 When training ends, the policy draws completions for a few prompts, and its KL from the base model
-is measured on them as in the evaluation. If it exceeds the budget, the trained weights (an
-adapter's own) move back along the straight line to their start, to the farthest point within the
-budget. A finished training moved back in this way wins more for its KL than one that is stopped
-early (docs/benchmarks.md), whose weights are noisier.
+is measured on them as in the evaluation. If the KL exceeds the budget, the trained weights (with
+an adapter, the adapter's) are moved on the straight line back to where they started, to the
+farthest point within the budget. A finished training that is moved back wins more for its KL than
+one that is stopped early, which still has its noise (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from bonbon.groups.prompts import EncodedPrompt
 from bonbon.sampling.transformers import TransformersSampler
 from bonbon.system.errors import BonbonError
 from bonbon.system.processes import from_main_process
+from bonbon.training.arguments import BoNBoNConfig
+from bonbon.training.dataset_file import SelectedGroups
 
-_HALVINGS = 6  # of the line to the base model, which locates the point to within 2%
+_HALVINGS = 6  # of the line to the base model: they find the farthest point to 2% of its length
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class KLMeter:
     config: SamplingConfig
 
     def __call__(self, policy: Any) -> MeasuredKL:
-        """Sample and measure; the policy's training mode is restored."""
+        """Sample and measure. The policy's training mode is put back afterwards."""
         was_training = policy.training
         policy.eval()
         try:
@@ -97,17 +99,52 @@ class _WithoutAdapter:
 
 
 def base_of(policy: PreTrainedModel | PeftModel) -> Any:
-    """Return the model that training starts from: a PEFT model without its adapter, or a copy."""
+    """Return the model that training starts from: a PEFT model without its adapter, else a copy."""
     if isinstance(policy, PeftModel):
         return _WithoutAdapter(policy)
     return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
-class KLBudgetCallback(TrainerCallback):
-    """A callback that moves the final weights back until the measured KL is within `budget`.
+def kl_meter(
+    policy: PreTrainedModel | PeftModel,
+    tokenizer: Tokenizer,
+    groups: SelectedGroups,
+    args: BoNBoNConfig,
+    temperature: float,
+    drawn: Mapping[str, Any],
+) -> KLMeter:
+    """Build the meter of a policy that is not trained yet, from prompts spread over the groups.
 
-    `history` holds the measurements as (share of the line from the base model, KL); the trainer's
-    log history has them as `kl`, and the share that was kept as `kl_budget_share`.
+    Args:
+        policy: the model as training starts from it.
+        tokenizer: its tokenizer.
+        groups: whose prompts to draw for, `args.kl_prompts` of them or as many as there are.
+        args: how much to draw.
+        temperature: that of the groups' log-probabilities.
+        drawn: the sampling settings that the groups were drawn with, as far as they are known.
+    """
+    step = max(1, len(groups) // args.kl_prompts)
+    prompts = [
+        EncodedPrompt(group.prompt_id, "", group.prompt_token_ids)
+        for group in groups[::step][: args.kl_prompts]
+    ]
+    longest = int(groups.shapes[:, 2].max())
+    config = SamplingConfig(
+        n=args.kl_samples,
+        max_new_tokens=drawn.get("max_new_tokens", longest),
+        temperature=temperature,
+        top_k=drawn.get("top_k", 0),
+        top_p=drawn.get("top_p", 1.0),
+        seed=args.seed,
+    )
+    return KLMeter(base_of(policy), tokenizer, prompts, config)
+
+
+class KLBudgetCallback(TrainerCallback):
+    """Takes the weights back at the end of training until the measured KL is within `budget`.
+
+    `history` holds the measurements as (share of the way from the base model, KL). The trainer's
+    log history has each KL as `kl`, and the share that was kept as `kl_budget_share`.
     """
 
     def __init__(self, meter: KLMeter, budget: float, policy: nn.Module) -> None:
@@ -142,10 +179,13 @@ class KLBudgetCallback(TrainerCallback):
         state.log_history.append({"step": state.global_step, "kl_budget_share": kept})
 
     def _measure(self, model: Any, share: float, state: TrainerState) -> MeasuredKL:
-        # In one process: differences in the last digit could make processes decide differently.
+        # Measured in one process: differences in the last digit could lead to other decisions.
         kl = from_main_process(lambda: self.meter(model))
         if not math.isfinite(kl.value):
-            raise BonbonError("the training diverged: its KL is not finite; lower learning_rate")
+            raise BonbonError(
+                "the training diverged: its KL from the base model is not finite; lower "
+                "learning_rate"
+            )
         self.history.append((share, kl))
         state.log_history.append(
             {"step": state.global_step, "kl": kl.value, "kl_standard_error": kl.standard_error}

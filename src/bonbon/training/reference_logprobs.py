@@ -2,8 +2,8 @@
 
 Those of another engine (vLLM, a server) differ from the trainer's by more than rounding: other
 kernels, other dtypes, tokens of a probability close to 0. The objectives compare the policy with
-its own start, so at the first step the two should be the same. Recomputing takes a forward pass
-over the groups, shared by the processes as the batches are: about a third of an epoch's work.
+its own start, so at the first step the two should be equal. Recomputing takes a forward pass over
+the groups, divided among the processes as the batches are: about a third of an epoch's work.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from bonbon.training.dataset_file import SelectedGroups
 FILE = "reference_logps.safetensors"
 
 
-def wants_recomputing(asked: str | None, provenance: Mapping[str, Any]) -> bool:
-    """Return whether to recompute log-probabilities: as asked, else if another engine drew."""
-    if asked is not None:
-        return asked == "recompute"
+def wants_recomputing(setting: str | None, provenance: Mapping[str, Any]) -> bool:
+    """Whether to recompute: as the setting says, or if it is None, where another engine drew."""
+    if setting is not None:
+        return setting == "recompute"
     return provenance.get("sampler", "transformers") != "transformers"
 
 
 class ReferenceLogprobs(TrainerCallback):
-    """Put the base model's log-probabilities into the groups before the first step.
+    """Puts the base model's log-probabilities into the groups before the first step.
 
-    They are kept beside the checkpoints, since a resumed training has no base model any more.
+    They are saved beside the checkpoints, since a resumed training no longer has the base model.
 
     Args:
-        groups: the data sets by name, filled in place.
+        groups: the data sets by name, whose `ref_logps` are written.
         logprobs_of: computes the log-probabilities (G, m) of a data set's completions in nats,
             under the model as it is.
     """
@@ -55,7 +55,7 @@ class ReferenceLogprobs(TrainerCallback):
     ) -> None:
         path = Path(str(args.output_dir)) / FILE
         if state.global_step > 0:
-            self._put(_kept(path, self._groups))
+            self._put(_saved(path, self._groups))
             return
         known = self.compute()
         if state.is_world_process_zero:
@@ -63,9 +63,12 @@ class ReferenceLogprobs(TrainerCallback):
             save_file(known, path, metadata=_digests(self._groups))
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Compute them from the current model, once: later it is no longer the base model."""
+        """Compute the log-probabilities once, from the model as it is at the first call.
+
+        Later it is no longer the base model. Returns them by data set, each (G, m), nats.
+        """
         if self._known is None:
-            self._put({name: self._logprobs_of(it) for name, it in self._groups.items()})
+            self._put({name: self._logprobs_of(data) for name, data in self._groups.items()})
         assert self._known is not None
         return self._known
 
@@ -79,7 +82,7 @@ def _digests(datasets: Mapping[str, SelectedGroups]) -> dict[str, str]:
     return {name: groups.digest() for name, groups in datasets.items()}
 
 
-def _kept(path: Path, datasets: Mapping[str, SelectedGroups]) -> dict[str, torch.Tensor]:
+def _saved(path: Path, datasets: Mapping[str, SelectedGroups]) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, "pt") as file:
             noted = file.metadata()
