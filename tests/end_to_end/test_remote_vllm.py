@@ -17,7 +17,7 @@ import torch
 from scipy import stats
 
 from bonbon.config.reward import RewardServerConfig
-from bonbon.config.sampling import OpenAISamplerConfig, SamplingConfig
+from bonbon.config.sampling import ClientSettings, OpenAISamplerConfig, SamplingConfig
 from bonbon.demo import REWARD_MODEL, STORY_MODEL
 from bonbon.groups.group import Group
 from bonbon.groups.prompts import PromptRow
@@ -174,7 +174,7 @@ def test_where_a_server_reads_a_pair_otherwise(servers: Any, local_reward: Rewar
 
 def test_a_server_that_dies_is_an_error(servers: Any, story: Any) -> None:
     """The last test of this file."""
-    settings = OpenAISamplerConfig(base_url=servers[0].url, retries=1)
+    settings = OpenAISamplerConfig(base_url=servers[0].url, client=ClientSettings(retries=1))
     config = SamplingConfig(n=8, max_new_tokens=180, on_long_prompt="skip")
     sampler = OpenAISampler(story[1], config, settings)
     prompts = sampler.encode(ROWS)

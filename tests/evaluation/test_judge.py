@@ -246,7 +246,9 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config_of(url: str, **changes: Any) -> JudgeConfig:
-    values = {"model": "judge-1", "base_url": url, "timeout": 30, "retries": 3, "concurrency": 8}
+    given = {key: changes.pop(key) for key in ("timeout", "retries") if key in changes}
+    client = {"timeout": 30, "retries": 3} | given
+    values = {"model": "judge-1", "base_url": url, "client": client, "concurrency": 8}
     return JudgeConfig(**(values | changes))
 
 

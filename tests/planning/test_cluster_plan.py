@@ -744,7 +744,7 @@ def test_examples_follow_their_plan(path: Path) -> None:
     assert sampling.max_new_tokens == job.completion_tokens.longest
     assert cluster.train is not None
     assert config.train.gradient_checkpointing == cluster.train.gradient_checkpointing
-    assert config.train.max_batch_tokens == cluster.train.pass_tokens
+    assert config.train.arguments.max_batch_tokens == cluster.train.pass_tokens
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bonbon.config.reward import RewardServerConfig
+from bonbon.config.sampling import ClientSettings
 from bonbon.remote import client as remote_client
 from bonbon.rewards.openai import OpenAIReward
 from bonbon.rewards.reward import score_groups
@@ -23,6 +24,9 @@ MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content
 APIS = ("pooling", "classify", "score")
 
 
+CLIENT = ClientSettings.model_fields.keys()
+
+
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_client, "_FIRST_PAUSE", 0.005)
@@ -33,9 +37,10 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def scoring(stub: StubUpstream, encode: Any = None, **settings: Any) -> Iterator[OpenAIReward]:
     """A reward behind a running stub."""
+    client = {"timeout": 10.0} | {key: settings.pop(key) for key in CLIENT & settings.keys()}
     with serving(stub):
-        values = {"base_url": stub.url, "timeout": 10.0} | settings
-        reward = OpenAIReward(RewardServerConfig(**values), encode)
+        config = RewardServerConfig(**{"base_url": stub.url, "client": client} | settings)
+        reward = OpenAIReward(config, encode)
         try:
             yield reward
         finally:
@@ -224,7 +229,7 @@ def test_a_server_without_the_route() -> None:
 def test_a_server_that_hangs_is_given_up() -> None:
     stub = StubUpstream(fault=lambda *_: "slow")
     message = error_of(stub, timeout=60.0, deadline=0.3, api="score")
-    assert "reward.server.deadline = 0.3" in message
+    assert "reward.server.client.deadline = 0.3" in message
 
 
 def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,7 +288,7 @@ def test_a_longer_context_than_the_sampler_s_does_not_help(
     ("change", "named"),
     [
         ({"sampler": {"name": "openai", "model": "b"}}, "sampler.model was 'a'"),
-        ({"sampler": {"name": "openai", "model": "a", "retries": 1}}, None),
+        ({"sampler": {"name": "openai", "model": "a", "client": {"retries": 1}}}, None),
         ({"sampler": {"name": "openai", "model": "a", "base_url": "http://127.0.0.1:1/v1"}}, None),
         ({"sampler": "transformers"}, "sampler.name was 'openai'"),
         ({"reward": {"server": {"base_url": "http://127.0.0.1:2"}}}, "reward.server.model was"),

@@ -16,7 +16,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from bonbon.cluster import workers
-from bonbon.config.sampling import OpenAISamplerConfig, SamplingConfig
+from bonbon.config.sampling import ClientSettings, OpenAISamplerConfig, SamplingConfig
 from bonbon.groups.group import Group
 from bonbon.groups.prompts import EncodedPrompt, PromptRow
 from bonbon.remote import client as remote_client
@@ -32,6 +32,7 @@ MESSAGES = [{"role": "user", "content": "Hello?"}]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 ROWS = [PromptRow(f"p{i}", f"Once upon a time {i}") for i in range(5)]
 TOKENIZER = byte_tokenizer()
+CLIENT = ClientSettings.model_fields.keys()
 VLLM: dict[str, Any] = {
     "owned_by": "vllm",
     "ids": lambda text: [*TOKENIZER(text, add_special_tokens=False)["input_ids"], EOS],
@@ -55,11 +56,12 @@ def drawing(
     **settings: Any,
 ) -> Iterator[OpenAISampler]:
     """A sampler of a running stub."""
+    client = {"timeout": 10.0} | {key: settings.pop(key) for key in CLIENT & settings.keys()}
     with serving(stub):
         sampler = OpenAISampler(
             tokenizer,
             SamplingConfig(**({"n": 3, "max_new_tokens": 60} | (sampling or {}))),
-            OpenAISamplerConfig(base_url=stub.url, **({"timeout": 10.0} | settings)),
+            OpenAISamplerConfig(base_url=stub.url, client=ClientSettings(**client), **settings),
             stream,
             context,
         )
@@ -309,7 +311,7 @@ def test_a_server_that_hangs_is_given_up(changes: dict[str, Any]) -> None:
     assert time.monotonic() - began < 5
     assert "of prompt p3: " in message
     assert stub.url in message
-    assert f"sampler.deadline = {changes.get('deadline', 600.0):g}" in message
+    assert f"sampler.client.deadline = {changes.get('deadline', 600.0):g}" in message
     assert stub.faults["slow"] <= 3 * 3
 
 
@@ -337,7 +339,7 @@ def test_a_draw_is_tried_as_often_as_set() -> None:
     assert stub.faults == {"503": 5}
     assert len({json.dumps(body) for body in stub.bodies}) == 1  # with the same seed
     assert "draw 1 of prompt p0: status 503: no, status 503" in message
-    assert "sampler.retries = 4" in message
+    assert "sampler.client.retries = 4" in message
 
 
 @pytest.mark.parametrize(("status", "of_the_request"), [(400, True), (404, False), (302, False)])

@@ -113,7 +113,7 @@ def test_temperatures_that_vllm_would_change_or_refuse(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"data_parallel_size": 2}, "one copy of a model; leave it at 1 and have several samplers"),
+        ({"engine": {"data_parallel_size": 2}}, "one copy of a model; have several samplers"),
         ({"engine": {"max_model_len": 9}}, "engine.max_model_len .* a setting of its own"),
         ({"engine": {"dtype": "float16"}}, "engine.dtype .* BoNBoN's own"),
     ],

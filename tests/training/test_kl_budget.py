@@ -142,9 +142,12 @@ def test_within_allows_for_the_standard_error() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kl_budget": 0.0}, "kl_budget must be positive, got 0.0"),
-        ({"kl_budget": -1.0}, "kl_budget must be positive, got -1.0"),
-        ({"kl_budget": 1.0, "kl_samples": 0}, "must be at least 1"),
+        ({"kl_budget": 0.0}, "kl_budget = 0.0: Input should be greater than 0"),
+        ({"kl_budget": -1.0}, "kl_budget = -1.0: Input should be greater than 0"),
+        (
+            {"kl_budget": 1.0, "kl_samples": 0},
+            "kl_samples = 0: Input should be greater than or equal to 1",
+        ),
     ],
 )
 def test_wrong_settings(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

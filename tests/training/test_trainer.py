@@ -599,10 +599,11 @@ def test_the_trainer_s_defaults_are_the_configuration_s(tmp_path: Path) -> None:
     """What a run and a script leave out is the same."""
     by_script, by_run = BoNBoNConfig(str(tmp_path), report_to="none"), TrainConfig()
     for name in (
-        "objective", "tilt", "n", "alpha", "beta", "delta", "learning_rate", "max_grad_norm",
-        "share_prompt", "max_batch_tokens", "kl_budget",
+        "objective", "tilt", "n", "alpha", "beta", "learning_rate", "kl_budget", "logprobs",
     ):  # fmt: skip
         assert getattr(by_script, name) == getattr(by_run, name), name
+    for name, value in by_run.arguments:
+        assert getattr(by_script, name) == ([] if name == "report_to" else value), name
 
 
 def test_the_default_aim_is_best_of_n_s_win_rate_at_the_least_kl(
@@ -718,16 +719,22 @@ def test_rewards_that_differ_in_the_last_digit_are_ranked(
     ("setting", "message"),
     [
         ({"objective": "ppo"}, "unknown objective 'ppo'"),
-        ({"alpha": 1.5}, "alpha must lie"),
-        ({"beta": 0.0}, "beta must be positive"),
-        ({"delta": 0.0}, "delta must be positive"),
-        ({"delta": math.nan}, "delta must be positive"),
-        ({"tilt": "cubic"}, "unknown tilt 'cubic'; choose one of best_of_n, optimal, worst_of_n"),
-        ({"n": 1}, "n must be above 1 and at most 10000, got 1"),
-        ({"n": math.inf}, "n must be above 1 and at most 10000, got inf"),
-        ({"n": math.nan}, "n must be above 1 and at most 10000, got nan"),
-        ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1, got 0"),
-        ({"global_batch_size": 0}, "global_batch_size must be at least 1, got 0"),
+        ({"alpha": 1.5}, "alpha = 1.5: Input should be less than or equal to 1"),
+        ({"beta": 0.0}, "beta = 0.0: Input should be greater than 0"),
+        ({"delta": 0.0}, "delta = 0.0: Input should be greater than 0"),
+        ({"delta": math.nan}, "delta = nan: Input should be a finite number"),
+        (
+            {"tilt": "cubic"},
+            "tilt = 'cubic': unknown tilt; choose one of best_of_n, optimal, worst_of_n",
+        ),
+        ({"n": 1}, "n = 1: Input should be greater than 1"),
+        ({"n": math.inf}, "n = inf: Input should be (less than or equal to 10000|a finite number)"),
+        ({"n": math.nan}, "n = nan: Input should be a finite number"),
+        (
+            {"max_batch_tokens": 0},
+            "max_batch_tokens = 0: Input should be greater than or equal to 1",
+        ),
+        ({"global_batch_size": 0}, "global_batch_size = 0: Input should be greater than or equal"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, setting: dict[str, Any], message: str) -> None:

@@ -64,10 +64,10 @@ def generate(
     reward_weighted_vote, adaptive_n. Their settings: --set strategy.alpha=0.5.
     """
     with reported_errors():
-        from bonbon.config.settings import read_yaml
+        from bonbon.config.run import read_values
         from bonbon.decoding.config import parse_generate_config, with_named
 
-        found = {} if config is None else read_yaml(config)
+        found = {} if config is None else read_values(config)
         if prompt and (out is not None or prompts is not None):
             raise BonbonError("--prompt is answered here and now; leave out --prompts and --out")
         options = {
@@ -111,12 +111,12 @@ def serve(
 ) -> None:
     """Serve best-of-n behind OpenAI's API, from a loaded model or in front of another server."""
     with reported_errors():
-        from bonbon.config.settings import read_yaml
+        from bonbon.config.run import read_values
         from bonbon.decoding.config import with_named
         from bonbon.serve.command import parse_serve_settings
         from bonbon.serve.command import serve as start
 
-        found = {} if config is None else read_yaml(config)
+        found = {} if config is None else read_values(config)
         options = {
             "model.name": model,
             "upstream.base_url": upstream,

@@ -186,7 +186,9 @@ def _opened_run(config: Path, out: Path, changes: list[str]) -> Iterator[RunFold
 def _opened(settings: RunConfig, out: Path) -> Iterator[RunFolder]:
     """Hold the run's folder while a stage works in it."""
     from bonbon.runs.run_folder import RunFolder
+    from bonbon.stages.checks import check_config
 
+    check_config(settings)
     folder = RunFolder(out, settings)
     with folder.locked():
         quiet_libraries()

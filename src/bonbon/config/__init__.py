@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from bonbon.config.engine import LocalEngineConfig as LocalEngineConfig
     from bonbon.config.engine import PoolConfig as PoolConfig
     from bonbon.config.engine import RayEngineConfig as RayEngineConfig
-    from bonbon.config.evaluation import OWN_METRICS as OWN_METRICS
     from bonbon.config.evaluation import EvaluationConfig as EvaluationConfig
     from bonbon.config.evaluation import JudgeConfig as JudgeConfig
     from bonbon.config.evaluation import LMEvalConfig as LMEvalConfig
@@ -39,9 +38,8 @@ if TYPE_CHECKING:
     from bonbon.config.sampling import VllmSettings as VllmSettings
     from bonbon.config.training import LARGEST_N as LARGEST_N
     from bonbon.config.training import LoraSettings as LoraSettings
-    from bonbon.config.training import ObjectiveName as ObjectiveName
-    from bonbon.config.training import TiltName as TiltName
     from bonbon.config.training import TrainConfig as TrainConfig
+    from bonbon.config.training import TrainerArguments as TrainerArguments
 
 _HOMES = {
     "DType": "sampling",
@@ -54,8 +52,6 @@ _HOMES = {
     "LocalEngineConfig": "engine",
     "LoraSettings": "training",
     "ModelConfig": "sampling",
-    "OWN_METRICS": "evaluation",
-    "ObjectiveName": "training",
     "OpenAISamplerConfig": "sampling",
     "PoolConfig": "engine",
     "PromptsConfig": "sampling",
@@ -67,8 +63,8 @@ _HOMES = {
     "SamplingConfig": "sampling",
     "ServerSettings": "sampling",
     "TextsConfig": "evaluation",
-    "TiltName": "training",
     "TrainConfig": "training",
+    "TrainerArguments": "training",
     "TransformersSamplerConfig": "sampling",
     "VllmSamplerConfig": "sampling",
     "VllmSettings": "sampling",

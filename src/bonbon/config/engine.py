@@ -12,10 +12,12 @@ from bonbon.config.settings import Settings, named
 class PoolConfig(Settings):
     """Workers of one kind: as many as there is work for, between `min` and `max`."""
 
-    min: int = Field(1, ge=1)
-    max: int = Field(1, ge=1)
-    num_cpus: float = Field(1.0, ge=0, description="of each worker")
-    num_gpus: float = Field(0.0, ge=0, description="of each worker; a fraction shares a GPU")
+    min: int = Field(1, ge=1, description="Workers that are kept, however little there is to do.")
+    max: int = Field(1, ge=1, description="Most workers.")
+    num_cpus: float = Field(1.0, ge=0, description="CPU cores of each worker.")
+    num_gpus: float = Field(
+        0.0, ge=0, description="GPUs of each worker; a fraction shares a GPU between workers."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -27,18 +29,24 @@ class PoolConfig(Settings):
 class LocalEngineConfig(Settings):
     """Sample and score in this process."""
 
-    name: Literal["local"] = "local"
+    name: Literal["local"] = Field("local", description="Run in this process.")
 
 
 class RayEngineConfig(Settings):
     """Sample and score by Ray's workers, both at a time."""
 
-    name: Literal["ray"] = "ray"
-    address: str | None = Field(None, description="of a cluster; None: one on this machine")
-    samplers: PoolConfig = PoolConfig()
-    scorers: PoolConfig = PoolConfig()
-    tries: int = Field(3, ge=1, description="of a prompt that fails or kills its worker")
-    max_dead_letters: int = Field(100, ge=0, description="prompts set aside before the run ends")
+    name: Literal["ray"] = Field("ray", description="Run on a Ray cluster.")
+    address: str | None = Field(
+        None, description="The cluster's address. None: start one on this machine."
+    )
+    samplers: PoolConfig = Field(PoolConfig(), description="Workers that draw completions.")
+    scorers: PoolConfig = Field(PoolConfig(), description="Workers that score completions.")
+    tries: int = Field(
+        3, ge=1, description="How often to try a prompt that fails or kills its worker."
+    )
+    max_dead_letters: int = Field(
+        100, ge=0, description="Prompts that may be set aside as failed before the run ends."
+    )
 
 
 EngineConfig = Annotated[

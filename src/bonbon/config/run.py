@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from bonbon.config.engine import EngineConfig, LocalEngineConfig
 from bonbon.config.evaluation import _BAD_NAME, EvaluationConfig, is_policy_name
+from bonbon.config.renamed import upgraded
 from bonbon.config.reward import RewardConfig
 from bonbon.config.sampling import (
     ModelConfig,
@@ -29,39 +30,41 @@ from bonbon.config.training import TrainConfig
 class RunConfig(Settings):
     """Everything that defines a run."""
 
-    model: ModelConfig
-    prompts: PromptsConfig
-    sampling: SamplingConfig = SamplingConfig()
-    sampler: SamplerConfig = TransformersSamplerConfig()
-    reward: RewardConfig
-    engine: EngineConfig = LocalEngineConfig()
+    model: ModelConfig = Field(description="The base model.")
+    prompts: PromptsConfig = Field(description="The prompts.")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="How completions are drawn.")
+    sampler: SamplerConfig = Field(
+        TransformersSamplerConfig(), description="What draws completions."
+    )
+    reward: RewardConfig = Field(description="The reward that completions are ranked by.")
+    engine: EngineConfig = Field(
+        LocalEngineConfig(), description="Where completions are drawn and scored."
+    )
     storage: str | None = Field(
         None,
         min_length=1,
-        description="where samples and groups go: a folder or s3://…, gs://…, hdfs://…; None: the "
-        "run's folder",
+        description="Where samples and groups are kept: a folder or s3://…, gs://…, hdfs://…. "
+        "None: the run's folder.",
     )
     rounds: int = Field(
-        1, ge=1, description="sample, score and train this often, each time from the last model"
+        1,
+        ge=1,
+        description="How often to sample, score and train, each time from the last round's model.",
     )
-    train: TrainConfig = TrainConfig()
+    train: TrainConfig = Field(TrainConfig(), description="The training.")
     baselines: dict[str, TrainConfig] = Field(
-        default_factory=dict, description="further models, trained and measured beside"
+        default_factory=dict,
+        description="Further trainings by name, measured beside the main one.",
     )
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EvaluationConfig = Field(
+        EvaluationConfig(), description="Measuring on held-out prompts."
+    )
 
     @model_validator(mode="after")
     def _checks(self) -> Self:
         if self.sampling.n < 2:
             raise ValueError(
                 "sampling.n: best-of-n against worst needs n >= 2; with n = 1 nothing is chosen"
-            )
-        by_likelihood = ("sft_bon", "weighted_sft")
-        cut = [t.objective for t in self.trainings.values() if t.objective not in by_likelihood]
-        if self.sampling.truncates and cut:
-            raise ValueError(
-                f"sampling.top_k and top_p cut the distribution that objective {cut[0]} compares "
-                "the policy with; leave them out, or train with sft_bon or weighted_sft alone"
             )
         if self.model.device == "balanced" and self.sampler.name != "vllm":
             raise ValueError(
@@ -145,9 +148,17 @@ def round_config(config: RunConfig, number: int, base: Path | str) -> RunConfig:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key=value` overrides (`train.learning_rate=1e-5`).
 
-    Raises BonbonError naming the wrong key or value and what was expected.
+    Raises BonbonError naming the wrong key or value and what was expected. Names that need more
+    than the configuration to check, such as the objective's, are checked before the first stage.
     """
-    return parse_config(read_yaml(path), overrides, source=str(path))
+    return parse_config(read_values(path), overrides, source=str(path))
+
+
+def read_values(path: Path) -> Any:
+    """Return the plain values of a YAML file; those in an older run's folder under today's keys."""
+    values = read_yaml(path)
+    is_run_s_own = path.name == "config.yaml" and (path.parent / ".bonbon").is_dir()
+    return upgraded(values, RunConfig) if is_run_s_own else values
 
 
 def parse_config(

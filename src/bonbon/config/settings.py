@@ -13,6 +13,8 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bonbon.config.fields import is_neutral, settings_classes
+from bonbon.config.renamed import what_became_of
 from bonbon.system.errors import BonbonError
 
 Kind = TypeVar("Kind", bound="Settings")
@@ -105,7 +107,8 @@ def _explain(root: type[BaseModel], error: ValidationError) -> Iterator[str]:
         where = ".".join(keys)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            yield f"unknown key {where} (known here: {', '.join(kind.model_fields)})"
+            known = f"unknown key {where} (known here: {', '.join(kind.model_fields)})"
+            yield what_became_of(kind, where) or known
         elif problem["type"] == "missing":
             yield f"the key {where} is missing"
         elif problem["type"] == "union_tag_invalid":
@@ -132,17 +135,9 @@ def _place(
         keys.append(str(part))
         field = kind.model_fields.get(str(part))
         if field is not None and len(keys) < len(location):
-            kinds = list(_settings_classes(field.annotation)) or kinds
+            kinds = list(settings_classes(field.annotation)) or kinds
             kind = kinds[0] if part != location[-1] else kind
     return keys, kind
-
-
-def _settings_classes(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The settings classes inside an annotation such as `X | None` or `dict[str, X]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _settings_classes(inner)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -161,20 +156,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-NEUTRAL = frozenset(
-    {
-        "max_batch_tokens", "device",
-        "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
-        "gpu_memory_utilization",
-        "base_url", "api_key_env", "timeout", "deadline", "retries", "concurrency",
-    }
-)  # fmt: skip
-
-
-def without_neutral(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain settings without those that cannot change a result, at any depth."""
-    return {
-        key: without_neutral(value) if isinstance(value, Mapping) else value
-        for key, value in settings.items()
-        if key not in NEUTRAL
-    }
+def without_neutral(values: Mapping[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """Return plain values of settings of this class without those that are marked `Neutral`."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        field = kind.model_fields.get(key)
+        if field is not None and is_neutral(field):
+            continue
+        inner = [] if field is None else list(settings_classes(field.annotation))
+        if isinstance(value, Mapping) and len(inner) == 1:
+            value = without_neutral(value, inner[0])
+        kept[key] = value
+    return kept

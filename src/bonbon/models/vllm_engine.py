@@ -30,6 +30,7 @@ from typing import IO, Any
 import torch
 from pydantic import ValidationError
 
+from bonbon.config.renamed import REMOVED
 from bonbon.config.sampling import VllmSettings
 from bonbon.models.loading import BALANCED, pick_dtype
 from bonbon.system.errors import BonbonError, first_line
@@ -200,11 +201,10 @@ def error_message(error: Exception) -> str:
 
 
 def _check_settings(settings: VllmSettings, known: dict[str, Any]) -> None:
-    if settings.data_parallel_size > 1:
+    if "data_parallel_size" in settings.engine:
+        reason = REMOVED["VllmSettings"]["data_parallel_size"]
         raise BonbonError(
-            f"data_parallel_size is {settings.data_parallel_size}, but vLLM's offline engine runs "
-            "one copy of a model; leave it at 1 and have several samplers (engine: ray), or put a "
-            "server behind sampler: openai (`vllm serve --data-parallel-size`)"
+            f"engine.data_parallel_size of the vLLM settings is not supported: {reason}"
         )
     for name in sorted(settings.engine.keys() & known.keys()):
         raise BonbonError(

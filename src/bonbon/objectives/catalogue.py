@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from bonbon.objectives.pairs import PAPER_ALPHA, bonbon, bonbon_dpo, dpo, ipo, ipo_bon, sft_bon
+from bonbon.config.training import TrainConfig
+from bonbon.objectives.pairs import bonbon, bonbon_dpo, dpo, ipo, ipo_bon, sft_bon
 from bonbon.objectives.ranks import (
     bonbon_ranks,
     rank_regression,
@@ -24,6 +24,11 @@ from bonbon.objectives.selection import (
     random_pair,
 )
 from bonbon.tilt.base import Tilt
+
+if TYPE_CHECKING:  # names are looked up where nothing is computed
+    import torch
+
+_DEFAULTS = TrainConfig()
 
 
 @dataclass(frozen=True)
@@ -62,9 +67,9 @@ class ObjectiveSettings:
 
     n: int
     tilt: Tilt
-    alpha: float = PAPER_ALPHA
-    beta: float = 0.1
-    delta: float = 4.0
+    alpha: float = _DEFAULTS.alpha
+    beta: float = _DEFAULTS.beta
+    delta: float = _DEFAULTS.arguments.delta
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
+from bonbon.config.training import PAPER_ALPHA as PAPER_ALPHA
 from bonbon.tilt.best_of_n import BestOfN
 
-PAPER_ALPHA = 0.005
+if TYPE_CHECKING:
+    import torch
 
 
 def bon_target(n: int) -> float:
@@ -68,7 +69,9 @@ def dpo(
     beta: float,
 ) -> torch.Tensor:
     """−ln σ(β (ln[π(y_c)/π0(y_c)] − ln[π(y_r)/π0(y_r)])) (Rafailov et al. 2023, equation 7)."""
-    return -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
+    from torch.nn.functional import logsigmoid
+
+    return -logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected)))
 
 
 def ipo(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
-from bonbon.objectives.pairs import PAPER_ALPHA
+from bonbon.config.training import PAPER_ALPHA
 from bonbon.tilt.base import Tilt
 from bonbon.tilt.ranks import rank_targets, rank_weights
+
+if TYPE_CHECKING:  # imported where it is used: names of objectives are looked up without it
+    import torch
 
 
 def rank_regression(
@@ -45,8 +47,12 @@ def rank_regression_huber(
 
     2/(m−1)·Σ_i 2·huber_δ(h_i − h̄ − (t_i − t̄)), which is `rank_regression` as δ grows.
     """
+    from torch.nn.functional import huber_loss
+
     residuals = _centred(logps - ref_logps - centred_targets(rewards, tilt))
-    losses = F.huber_loss(residuals, torch.zeros_like(residuals), reduction="none", delta=delta)
+    losses = huber_loss(
+        residuals, residuals.new_zeros(residuals.shape), reduction="none", delta=delta
+    )
     return 4 * losses.sum(dim=1) / (rewards.shape[1] - 1)
 
 
@@ -94,6 +100,8 @@ def log_density_targets(rewards: torch.Tensor, tilt: Tilt) -> torch.Tensor:
         rewards: (groups, m), finite.
     Returns: (groups, m), float64.
     """
+    import torch
+
     order, level = _levels(rewards)
     values = torch.tensor(rank_targets(tilt, rewards.shape[1])).to(order.device).expand(order.shape)
     top = torch.full_like(values, -torch.inf).scatter_reduce(1, level, values, "amax")
@@ -118,6 +126,8 @@ def tie_weights(rewards: torch.Tensor, tilt: Tilt) -> torch.Tensor:
 
     Shapes as in `log_density_targets`; a group's weights sum to m.
     """
+    import torch
+
     order, level = _levels(rewards)
     weights = torch.tensor(rank_weights(tilt, rewards.shape[1]).copy()).to(order.device)
     shared = _level_means(weights.expand(order.shape), level).gather(1, level)
@@ -130,6 +140,8 @@ def _centred(values: torch.Tensor) -> torch.Tensor:
 
 def _levels(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The order that sorts each group, and in that order each completion's reward level, from 0."""
+    import torch
+
     ordered, order = rewards.sort(dim=1, stable=True)
     is_new = ordered[:, 1:] != ordered[:, :-1]
     level = torch.cat([torch.zeros_like(order[:, :1]), is_new.long().cumsum(dim=1)], dim=1)
@@ -138,6 +150,8 @@ def _levels(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _level_means(values: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
     """Means of (groups, m) values over each level, at column `level`; NaN in columns of none."""
+    import torch
+
     zeros = torch.zeros_like(values)
     counts = zeros.scatter_add(1, level, torch.ones_like(values))
     return zeros.scatter_add(1, level, values) / counts

@@ -124,8 +124,8 @@ class Server:
         settings = self.settings
         return Client(
             self._endpoint,
-            timeout=settings.timeout,
-            retries=settings.retries,
+            timeout=settings.client.timeout,
+            retries=settings.client.retries,
             concurrency=settings.concurrency,
         )
 
@@ -154,7 +154,7 @@ class Server:
         return [answers[index] for index in range(len(requests))]
 
     async def _answer(self, request: Request[T]) -> T:
-        cutoff = time.monotonic() + self.settings.deadline
+        cutoff = time.monotonic() + self.settings.client.deadline
         try:
             return await self._client.post(request.path, request.body, request.read, cutoff)
         except (FaultError, RefusedError) as error:
@@ -177,11 +177,11 @@ class Server:
     def _retry_hint(self, fault: FaultError) -> str:
         if fault.retry_after:
             return f"it asks for {fault.retry_after:g} seconds until the next try"
-        section = self._section
+        section, client = f"{self._section}.client", self.settings.client
         return (
-            f"it was given {section}.retries = {self.settings.retries} further tries of "
-            f"{section}.timeout = {self.settings.timeout:g} and {section}.deadline = "
-            f"{self.settings.deadline:g} seconds"
+            f"it was given {section}.retries = {client.retries} further tries of "
+            f"{section}.timeout = {client.timeout:g} and {section}.deadline = "
+            f"{client.deadline:g} seconds"
         )
 
     def _wait(self, work: Coroutine[Any, Any, U]) -> U:

@@ -91,4 +91,4 @@ def reward_identity(settings: RewardConfig) -> dict[str, Any]:
         identity["server"]["model"] = settings.server.model or settings.server.base_url
     elif settings.model:
         identity["weights"] = weights_digest(Path(str(settings.model)).expanduser())
-    return without_neutral(identity)
+    return without_neutral(identity, RewardConfig)

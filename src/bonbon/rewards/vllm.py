@@ -26,7 +26,7 @@ class VllmRewardModel:
     Args:
         config: names the model, safetensors only; vLLM batches by itself, so `max_batch_tokens` is
             not used.
-        settings: how vLLM runs it; `data_parallel_size` as in `VllmSampler`.
+        settings: how vLLM runs it, as in `VllmSampler`.
 
     Raises BonbonError when vLLM is not there or cannot run the model.
     """

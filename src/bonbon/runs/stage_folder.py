@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from bonbon.config.settings import NEUTRAL, Settings, flatten
+from bonbon.config.notes import binding, upgraded_note
+from bonbon.config.settings import Settings
 from bonbon.groups.shards import shard_paths
 from bonbon.system.atomic_files import read_json, remove_torn, write_json, write_text
 from bonbon.system.errors import BonbonError
@@ -81,7 +82,7 @@ class StageFolder:
         if self.noted(stage) is None:
             # The note last: a stop between the two would otherwise leave an older config.yaml.
             self.write_config()
-            write_json(self._notes / f"{stage}.json", _binding(settings))
+            write_json(self._notes / f"{stage}.json", binding(settings))
 
     def write_config(self) -> None:
         """Write the configuration to `config.yaml`."""
@@ -109,7 +110,7 @@ class StageFolder:
         Settings shared with the stages that it builds on are compared with theirs too. Raises
         BonbonError naming what differs.
         """
-        wanted = _binding(settings)
+        wanted = binding(settings)
         differing = self._differing(stage, wanted)
         if differing:
             raise BonbonError(
@@ -121,9 +122,10 @@ class StageFolder:
     def _differing(self, stage: str, wanted: Mapping[str, Any]) -> list[str]:
         differing: dict[str, str] = {}
         for name in ("sample", "score", "rounds", stage):
-            found = self.noted(name)
-            if found is None:
+            note = self.noted(name)
+            if note is None:
                 continue
+            found = upgraded_note(note)
             keys = {*found, *wanted} if name == stage else found.keys() & wanted.keys()
             for key in sorted(keys):
                 was, now = found.get(key), wanted.get(key)
@@ -139,12 +141,3 @@ class StageFolder:
         """Whether a stage was finished and its shards are still all there."""
         note = self._notes / f"{stage}.done.json"
         return note.exists() and read_json(note)["shards"] == len(shard_paths(output))
-
-
-def _binding(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that can change a result, flattened."""
-    return {
-        key: value
-        for key, value in flatten(settings).items()
-        if key.rsplit(".", 1)[-1] not in NEUTRAL
-    }

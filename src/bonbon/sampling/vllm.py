@@ -82,7 +82,7 @@ class VllmSampler:
     completion fit `settings.max_model_len`, or the context that vLLM takes from the model.
 
     Tensor and pipeline parallelism are `vllm.LLM`'s. It has no data parallelism offline (0.32
-    refuses it outside torchrun), so `data_parallel_size` above 1 is an error; with `engine: ray`
+    refuses it outside torchrun), so `engine.data_parallel_size` is an error; with `engine: ray`
     each sampler is a copy.
 
     Args:

@@ -23,6 +23,7 @@ from bonbon.groups.shards import shard_paths
 from bonbon.runs.fingerprints import drawn_by
 from bonbon.runs.prompts import evaluation_prompts, trained_on
 from bonbon.runs.run_folder import RunFolder
+from bonbon.stages.checks import check_config
 from bonbon.stages.evaluate import evaluate_policies, write_evaluation
 from bonbon.stages.measure import BASE, Policy, drawn_folder
 from bonbon.system.digests import file_digest, weights_digest
@@ -112,6 +113,7 @@ def compare(folder: RunFolder, specs: Sequence[PolicySpec]) -> Evaluation:
     Policies can be added to a comparison later; the others' draws are kept.
     """
     config = folder.config
+    check_config(config)
     policies = [Policy(BASE, config.model, config.sampling)]
     for spec in specs:
         policy = _policy(spec, config)

@@ -35,6 +35,7 @@ from bonbon.runs.fingerprints import (
 from bonbon.runs.prompts import evaluation_prompts, trained_on
 from bonbon.runs.run_folder import RunFolder
 from bonbon.runs.shard_work import spent
+from bonbon.stages.checks import check_config
 from bonbon.stages.measure import BASE, Measured, Policy, measure_policies
 from bonbon.stages.train import train as train
 from bonbon.system.atomic_files import read_json, write_json, write_text
@@ -309,6 +310,7 @@ def evaluate(folder: RunFolder) -> Evaluation:
     Writes `evaluation/evaluation.json`, the plot beside it, and each trained model's card.
     """
     config = folder.config
+    check_config(config)
     for name in config.trainings:
         if not folder.model(name).exists():
             command = "train" if config.rounds == 1 else "run"

@@ -14,6 +14,7 @@ from bonbon.runs.fingerprints import (
     rounds_settings,
 )
 from bonbon.runs.run_folder import RunFolder
+from bonbon.stages.checks import check_config
 from bonbon.stages.engine import do_stages
 from bonbon.stages.evaluate import evaluate
 from bonbon.stages.sample import begin_sampling, sample
@@ -37,6 +38,7 @@ def sample_and_score(folder: RunFolder) -> None:
 
 def run(folder: RunFolder) -> Evaluation:
     """Run all stages, from prompts to the evaluation, with `rounds` of the first three."""
+    check_config(folder.config)
     if folder.config.rounds > 1:
         _run_rounds(folder)
         return evaluate(folder)

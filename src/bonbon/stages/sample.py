@@ -11,6 +11,7 @@ from bonbon.runs.run_folder import RunFolder
 from bonbon.runs.shard_work import write_prompts
 from bonbon.sampling.encoding import iter_encoded
 from bonbon.sampling.from_config import named_tokenizer
+from bonbon.stages.checks import check_config
 from bonbon.stages.engine import do_stages
 
 
@@ -24,6 +25,7 @@ def sample(folder: RunFolder) -> None:
 def begin_sampling(folder: RunFolder) -> bool:
     """Check what can be checked, and write the prompts; whether there is something to draw."""
     config = folder.config
+    check_config(config)
     refuse_rounds(config)
     folder.refuse("compare", what="a comparison")
     folder.refuse("generate", what="answers of `bonbon generate`")

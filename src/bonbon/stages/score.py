@@ -7,6 +7,7 @@ from bonbon.runs.fingerprints import (
     score_settings,
 )
 from bonbon.runs.run_folder import RunFolder
+from bonbon.stages.checks import check_config
 from bonbon.stages.engine import do_stages
 from bonbon.system.errors import BonbonError
 
@@ -25,6 +26,7 @@ def score(folder: RunFolder) -> None:
 
 def begin_scoring(folder: RunFolder) -> bool:
     """Check what can be checked; whether there is something to score."""
+    check_config(folder.config)
     refuse_rounds(folder.config)
     folder.begin_data("score", score_settings(folder.config))
     return not folder.is_finished("score", folder.groups)

@@ -26,6 +26,7 @@ from bonbon.groups.shards import StoredGroups, open_groups
 from bonbon.models.loading import load_policy
 from bonbon.runs.fingerprints import refuse_rounds, train_settings
 from bonbon.runs.run_folder import RunFolder
+from bonbon.stages.checks import check_config
 from bonbon.system.atomic_files import atomic_folder, write_json
 from bonbon.system.errors import BonbonError, DivergedError
 from bonbon.system.processes import (
@@ -41,6 +42,7 @@ from bonbon.training.dataset_file import SelectedGroups
 from bonbon.training.from_config import (
     ProgressCallback,
     callbacks_of,
+    keep_reports,
     peft_config_of,
     training_arguments,
 )
@@ -64,6 +66,7 @@ def train(folder: RunFolder) -> None:
 
 def check_trainings(folder: RunFolder) -> None:
     """Raise BonbonError for wrong training settings, before anything is drawn."""
+    check_config(folder.config)
     for name, settings in folder.config.trainings.items():
         target_n(_arguments(folder, name), folder.config.sampling.n)
         peft_config_of(settings)
@@ -144,6 +147,7 @@ def _trainer(
         callbacks=callbacks_of(settings),
     )
     trainer.remove_callback(PrinterCallback)
+    keep_reports(trainer, folder.path / "tensorboard" / name)
     if trainer.is_deepspeed_enabled:
         _check_zero3(trainer.accelerator.state.deepspeed_plugin, settings)
     return trainer

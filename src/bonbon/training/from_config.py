@@ -4,23 +4,75 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from transformers import (
     EarlyStoppingCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from bonbon.config.run import RunConfig
 from bonbon.config.training import TrainConfig
-from bonbon.system.errors import BonbonError
-from bonbon.system.processes import process_count
+from bonbon.system.errors import BonbonError, first_line
+from bonbon.system.processes import (
+    process_count,
+)
 from bonbon.training.arguments import BoNBoNConfig
+
+# Settings of a training that transformers calls by another name.
+_OTHER_NAMES = {
+    "epochs": "num_train_epochs",
+    "batch_size": "global_batch_size",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps",
+}
+# Further arguments that a run has no use for, and why.
+_HIDDEN = {
+    "do_train": "`bonbon train` trains",
+    "do_eval": "train.eval_fraction says whether there is an evaluation loss",
+    "do_predict": "`bonbon evaluate` measures",
+    "resume_from_checkpoint": "a run resumes from its own newest checkpoint",
+    "save_only_model": "a run could not resume from such checkpoints",
+    "remove_unused_columns": "groups are not columns",
+    "auto_find_batch_size": "train.arguments.max_batch_tokens limits the memory",
+    "hub_token": "it would be written to the run's folder; use `hf auth login`",
+}
+_NAMES = frozenset(field.name for field in fields(BoNBoNConfig))
+
+
+def check_arguments(config: RunConfig) -> None:
+    """Check the names in each `train.arguments`. Raises BonbonError for one that cannot be there.
+
+    It is none of `BoNBoNConfig`'s fields, or one that the run sets itself.
+    """
+    for name, settings in config.trainings.items():
+        section = "train" if name == config.model_name else f"baselines.{name}"
+        own = {_OTHER_NAMES.get(key, key): key for key in TrainConfig.model_fields}
+        by_run = _run_arguments(config, name, Path())
+        for given in settings.arguments.model_extra or {}:
+            where = f"{section}.arguments.{given}"
+            if given in own or given in own.values():
+                key = own.get(given, given)
+                raise BonbonError(f"{where} cannot be set there; it is {section}.{key}")
+            if given in by_run or given in _HIDDEN:
+                reason = _HIDDEN.get(given, "the run sets it itself")
+                raise BonbonError(f"{where} cannot be set: {reason}")
+            if given not in _NAMES:
+                close = get_close_matches(given, _NAMES, n=3)
+                raise BonbonError(
+                    f"{where}: transformers.TrainingArguments has no such field"
+                    + (f"; did you mean {' or '.join(close)}?" if close else "")
+                )
 
 
 def training_arguments(config: RunConfig, name: str, output_dir: Path) -> BoNBoNConfig:
@@ -30,61 +82,54 @@ def training_arguments(config: RunConfig, name: str, output_dir: Path) -> BoNBoN
     """
     try:
         return _build_arguments(config, name, output_dir)
-    except (ValueError, ImportError) as error:  # an optimiser that is not there, bf16 without it
-        raise BonbonError(f"the training settings of {name} do not work: {error}") from error
+    # An optimiser or a logger that is not there, bf16 without it, a value of another type.
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise BonbonError(
+            f"the training settings of {name} do not work: {first_line(error)}"
+        ) from error
 
 
 def _build_arguments(config: RunConfig, name: str, output_dir: Path) -> BoNBoNConfig:
     settings = config.trainings[name]
-    stops_early = settings.early_stopping_patience is not None
-    saving = settings.eval_steps if stops_early else settings.save_steps
-    arguments = BoNBoNConfig(
-        output_dir=str(output_dir),
-        objective=settings.objective,
-        tilt=settings.tilt,
-        n=settings.n,
-        alpha=settings.alpha,
-        beta=settings.beta,
-        delta=settings.delta,
-        temperature=config.sampling.temperature,
-        share_prompt=settings.share_prompt,
-        logprobs=settings.logprobs,
-        max_batch_tokens=settings.max_batch_tokens,
-        kl_budget=settings.kl_budget,
-        learning_rate=settings.learning_rate,
-        num_train_epochs=settings.epochs,
-        global_batch_size=settings.batch_size,
-        per_device_train_batch_size=math.ceil(settings.batch_size / process_count()),
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        optim=settings.optimizer,
-        adam_beta2=settings.adam_beta2,
-        weight_decay=settings.weight_decay,
-        lr_scheduler_type=settings.lr_scheduler,
-        warmup_steps=settings.warmup_ratio,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        use_cpu=config.model.device == "cpu",
-        eval_strategy="steps" if settings.eval_fraction > 0 else "no",
-        eval_steps=settings.eval_steps,
-        save_strategy="steps",
-        save_steps=saving,
-        save_total_limit=2,
-        load_best_model_at_end=stops_early,
-        restore_callback_states_from_checkpoint=True,  # or a stop would reset the patience
-        metric_for_best_model="eval_loss" if stops_early else None,
-        greater_is_better=False if stops_early else None,
-        logging_steps=10,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        accelerator_config=_accelerator_config(),
-    )
+    check_arguments(config)
+    values = dict(settings.arguments)  # the defaults and what was added
+    values |= _own_arguments(settings) | _run_arguments(config, name, output_dir)
+    arguments = BoNBoNConfig(**values)
+    for callback in get_reporting_integration_callbacks(arguments.report_to):
+        callback()  # which fails where its package is not installed
     if arguments.n_gpu > 1:  # or the Trainer would split batches over GPUs, multiplying their size
         arguments._n_gpu = 1
     return arguments
+
+
+def _own_arguments(settings: TrainConfig) -> dict[str, Any]:
+    """The settings of a training that are arguments of the trainer, under its names."""
+    values = {_OTHER_NAMES.get(key, key): value for key, value in settings}
+    return {name: value for name, value in values.items() if name in _NAMES}
+
+
+def _run_arguments(config: RunConfig, name: str, output: Path) -> dict[str, Any]:
+    """The arguments that a run sets by itself."""
+    settings = config.trainings[name]
+    stops_early = settings.early_stopping_patience is not None
+    return {
+        "output_dir": str(output),
+        "temperature": config.sampling.temperature,
+        "per_device_train_batch_size": math.ceil(settings.batch_size / process_count()),
+        "per_device_eval_batch_size": settings.batch_size,
+        "use_cpu": config.model.device == "cpu",
+        "eval_strategy": "steps" if settings.eval_fraction > 0 else "no",
+        "save_strategy": "steps",
+        "save_steps": settings.eval_steps if stops_early else settings.save_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": stops_early,
+        "restore_callback_states_from_checkpoint": True,  # or a stop would reset the patience
+        "metric_for_best_model": "eval_loss" if stops_early else None,
+        "greater_is_better": False if stops_early else None,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "accelerator_config": _accelerator_config(),
+    }
 
 
 def _accelerator_config() -> dict[str, Any]:
@@ -114,6 +159,13 @@ def peft_config_of(settings: TrainConfig) -> PeftConfig | None:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
+
+
+def keep_reports(trainer: Trainer, logs: Path) -> None:
+    """Make TensorBoard write into `logs`, not beside the checkpoints, which are removed."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(logs)
 
 
 def callbacks_of(settings: TrainConfig) -> list[TrainerCallback]:

@@ -64,11 +64,11 @@ def judge_comparisons(
     call, 2 · len(comparisons) in all.
 
     A request with a temporary failure (no connection, timeout, status 408, 409, 425, 429 or 5xx, an
-    answer without a reply in it) is retried up to `config.retries` times, with pauses that double
-    up to a minute or are as long as the server asks for. A reply without a verdict is asked for
-    again as often, with short pauses. A request that the judge refuses for its content (status 400,
-    413 or 422: too long, or filtered) is kept as one without a verdict, unless the judge refuses
-    all requests.
+    answer without a reply in it) is retried up to `config.client.retries` times, with pauses that
+    double up to a minute or are as long as the server asks for. A reply without a verdict is asked
+    for again as often, with short pauses. A request that the judge refuses for its content (status
+    400, 413 or 422: too long, or filtered) is kept as one without a verdict, unless the judge
+    refuses all requests.
 
     The key is sent only to an https address or to this machine itself. Redirects are not followed,
     and requests to this machine bypass any proxy.

@@ -128,12 +128,12 @@ def _judge_one(judge: Judge, key: str, question: Question) -> Judgement:
         try:
             reply, is_whole = ask(judge, body, question.comparison.prompt_id)
             verdict = parse_verdict(reply) if is_whole else None
-            if verdict is not None or unread == judge.config.retries:
+            if verdict is not None or unread == judge.config.client.retries:
                 return _judgement(key, question, verdict, redacted(reply, judge.secret))
             unread += 1
             pause = _pause(0)
         except NoReplyError as error:
-            if failed == judge.config.retries:
+            if failed == judge.config.client.retries:
                 raise
             pause = max(_pause(failed), error.retry_after)
             failed += 1

@@ -53,7 +53,7 @@ def connected(config: JudgeConfig) -> Iterator[Judge]:
     # A proxy named by the environment would read what is meant to stay on this machine.
     with httpx.Client(
         headers=endpoint.headers(),
-        timeout=config.timeout,
+        timeout=config.client.timeout,
         limits=limits,
         trust_env=not endpoint.local,
     ) as client:
@@ -96,7 +96,7 @@ def ask(judge: Judge, body: bytes, prompt_id: str) -> tuple[str, bool]:
 
 def _post(judge: Judge, body: bytes) -> tuple[int, float, bytes]:
     """Status, seconds to wait before the next try, and content of the response."""
-    deadline = time.monotonic() + judge.config.timeout
+    deadline = time.monotonic() + judge.config.client.timeout
     content = b""
     with judge.client.stream("POST", url_of(judge.config), content=body) as response:
         for chunk in response.iter_bytes():
