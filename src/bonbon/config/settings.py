@@ -54,6 +54,8 @@ def parse_settings(
         raise BonbonError(f"{source}: {'; '.join(_explain(kind, error))}") from error
 
 
+# Not by OmegaConf: it drops the name of a bare `engine: ray` when engine.workers is set, takes a
+# key without "=" for null, and reads ${...} as a reference. pydantic-settings reads JSON, not YAML.
 def parse_overrides(
     overrides: Sequence[str], values: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
