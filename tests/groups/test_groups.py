@@ -214,7 +214,7 @@ def test_another_schema_version_is_refused(
     path = shard_path(tmp_path, 0)
     write_shard(path, [make_group()], PROVENANCE)
     pq.write_table(pq.read_table(path).replace_schema_metadata(metadata), path)
-    with pytest.raises(BonbonError, match=rf"schema version 1 \(found {found}\)"):
+    with pytest.raises(BonbonError, match=rf"schema version 1 \(its version is {found}\)"):
         read_groups(tmp_path)
 
 

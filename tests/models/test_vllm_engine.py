@@ -468,7 +468,7 @@ def check_rewards(folder: Path, prompts: Sequence[Any], tolerance: float) -> Non
 class TestReward:
     def test_of_the_demo(self) -> None:
         check_rewards(REWARD_MODEL, TEXTS, 2e-5)
-        with pytest.raises(BonbonError, match="no sequence-classification model"):
+        with pytest.raises(BonbonError, match="not a sequence-classification model"):
             VllmRewardModel(RewardConfig(model=str(STORY_MODEL)), VllmSettings())
 
     def test_of_a_random_chat_model(self, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from bonbon.config.reward import RewardConfig
 from bonbon.config.sampling import ModelConfig, SamplingConfig, VllmSamplerConfig, VllmSettings
-from bonbon.models.vllm_engine import Engine, _own_output
+from bonbon.models.vllm_engine import Engine, own_output
 from bonbon.rewards.vllm import VllmRewardModel
 from bonbon.sampling.random_streams import request_seed
 from bonbon.sampling.vllm import VllmSampler
@@ -131,7 +131,7 @@ def test_what_an_engine_prints_goes_to_a_file(
 ) -> None:
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
     os.write(1, b"before\n")
-    with _own_output() as output:
+    with own_output() as output:
         os.system("echo a process; echo and its errors >&2")
         os.write(2, b"and this one")
         assert os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
@@ -142,7 +142,7 @@ def test_what_an_engine_prints_goes_to_a_file(
     assert output.read().split() == b"a process and its errors and this one".split()
     assert capfd.readouterr() == ("before\nafter\n", "")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-    with _own_output() as output:
+    with own_output() as output:
         os.write(1, b"all of it")
     assert output is None
     assert capfd.readouterr().out == "all of it"

@@ -2,7 +2,7 @@
 
 A `Group` is one prompt with its n completions, their token ids, log-probabilities and rewards. On
 disk a data set is a folder of Parquet shards, `shard-00000.parquet` and so on, that
-`datasets.load_dataset("parquet", data_files="FOLDER/*.parquet")` opens as it is. The schema's
+`datasets.load_dataset("parquet", data_files="FOLDER/*.parquet")` can open. The schema's
 version and the provenance (model, revision, sampling settings, reward) are JSON under the key
 `bonbon` of each file's metadata.
 
@@ -12,11 +12,11 @@ version and the provenance (model, revision, sampling settings, reward) are JSON
 | `prompt` | string, or list of {role, content} | as the user gave it |
 | `prompt_token_ids` | list of int32 | what the model was conditioned on |
 | `completions` | list of string | decoded text, special tokens left out |
-| `token_ids` | list of list of int32 | the drawn tokens, the end token included where it was drawn; −1 each where a server told only their number |
+| `token_ids` | list of list of int32 | the drawn tokens, the end token included where it was drawn; −1 each where a server reported only their number |
 | `logprobs` | list of double | log-probability of each completion's drawn tokens under the model and the sampling settings in the provenance, summed (nats) |
 | `rewards` | list of double, or null | null until scored |
-| `finish_reasons` | list of string | `stop` (the end token was drawn, or a stop string), `length`, or `rejected` (a strategy gave the completion up) |
-| `metrics` | list of {name, values: list of double} | further figures, one a completion: a second reward, KL |
+| `finish_reasons` | list of string | `stop` (the end token was drawn, or a stop string), `length`, or `rejected` (a strategy dropped the completion before its end) |
+| `metrics` | list of {name, values: list of double} | further figures, one for each completion: a second reward, KL |
 """  # noqa: E501 (a table row cannot be broken)
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A group: one prompt with its n completions, and what is known of each."""
+"""A group: one prompt with its n completions, and the figures of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Prompt = str | list[Message]
 
 
 def as_text(prompt: Prompt) -> str:
-    """A prompt as one text: that of its only message, or line by line as `role: content`."""
+    """Convert a prompt to one text; of several messages, a line `role: content` for each."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -23,7 +23,7 @@ def as_text(prompt: Prompt) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt and its n completions; all per-completion tuples have length n.
+    """One prompt and its n completions; all tuples with a value for each completion have length n.
 
     Raises ValueError when the lengths differ.
     """
@@ -59,15 +59,15 @@ class Group:
         return len(self.completions)
 
     def lengths(self) -> tuple[int, ...]:
-        """Each completion's length in tokens, a drawn end token included."""
+        """Return each completion's length in tokens, a drawn end token included."""
         return tuple(len(ids) for ids in self.token_ids)
 
     def part(self, start: int, stop: int) -> Group:
-        """The group of the completions start..stop−1."""
+        """Return the group of the completions start..stop−1."""
         return self.take(range(self.n)[start:stop])
 
     def take(self, indices: Sequence[int]) -> Group:
-        """The group of these completions, in this order; repeats are allowed."""
+        """Return the group of these completions, in this order; repeats are allowed."""
         return replace(
             self,
             completions=tuple(self.completions[i] for i in indices),
@@ -79,16 +79,16 @@ class Group:
         )
 
     def with_rewards(self, rewards: Iterable[float]) -> Group:
-        """The same group, scored."""
+        """Return the same group with these rewards."""
         return replace(self, rewards=tuple(float(reward) for reward in rewards))
 
     def with_metric(self, name: str, values: Iterable[float]) -> Group:
-        """The same group with one more figure per completion."""
+        """Return the same group with one more metric, one value for each completion."""
         figures = tuple(float(value) for value in values)
         return replace(self, metrics={**self.metrics, name: figures})
 
     def to_row(self) -> dict[str, Any]:
-        """The group as a row of the Parquet table."""
+        """Convert the group to a row of the Parquet table."""
         return {
             "prompt_id": self.prompt_id,
             "prompt": self.prompt,
@@ -103,7 +103,7 @@ class Group:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Group:
-        """A group from a row of the Parquet table (or of `datasets.Dataset`)."""
+        """Build a group from a row of the Parquet table (or of `datasets.Dataset`)."""
         rewards = row.get("rewards")
         return cls(
             prompt_id=row["prompt_id"],
@@ -119,7 +119,7 @@ class Group:
 
 
 def joined(groups: Sequence[Group]) -> Group:
-    """Scored groups of one prompt as one, in this order; metrics are left out."""
+    """Join scored groups of one prompt to one, in this order; metrics are left out."""
     return replace(
         groups[0],
         completions=tuple(text for group in groups for text in group.completions),

@@ -37,11 +37,11 @@ class EncodedPrompt:
 
     @classmethod
     def of(cls, group: Group) -> EncodedPrompt:
-        """The prompt of a group."""
+        """Return the prompt of a group."""
         return cls(group.prompt_id, group.prompt, group.prompt_token_ids)
 
     def as_group(self) -> Group:
-        """The group of this prompt before anything is drawn."""
+        """Return a group of this prompt without completions."""
         return Group(self.prompt_id, self.prompt, self.token_ids, (), (), (), ())
 
 
@@ -52,7 +52,7 @@ def read_prompts(
     split: str | None = None,
     limit: int | None = None,
 ) -> list[PromptRow]:
-    """The prompts of a file, in its order; see `iter_prompts`."""
+    """Read the prompts of a file, in its order; see `iter_prompts`."""
     return list(iter_prompts(path, column, id_column, split, limit))
 
 
@@ -63,9 +63,9 @@ def iter_prompts(
     split: str | None = None,
     limit: int | None = None,
 ) -> Iterator[PromptRow]:
-    """The prompts of a file, in its order, one in memory at a time.
+    """Read the prompts of a file, in its order, one in memory at a time.
 
-    A prompt is a text, taken as it is, or a list of {"role", "content"} messages (JSONL and
+    A prompt is a text, used unchanged, or a list of {"role", "content"} messages (JSONL and
     Parquet). Ids come from `id_column` where the file has it, else from the row number. With
     `split`, only rows whose column `split` has that value are kept.
 
@@ -103,12 +103,12 @@ def iter_prompts(
 
 
 def _id_of(record: dict[str, Any], id_column: str, number: int) -> str:
-    found = record.get(id_column)
-    return f"row-{number}" if found is None else str(found)
+    value = record.get(id_column)
+    return f"row-{number}" if value is None else str(value)
 
 
 class _Ids:
-    """Digests of ids and their row numbers: 16 bytes a prompt, however many there are."""
+    """Digests of ids with their row numbers, 16 bytes for each prompt."""
 
     def __init__(self) -> None:
         self._digests = array("Q")
@@ -123,7 +123,7 @@ class _Ids:
         self._numbers.append(number)
 
     def twice(self) -> tuple[int, int] | None:
-        """The rows of an id that occurs twice, those that come first in the file."""
+        """Return the two rows of the first id that occurs twice; None where none does."""
         digests, numbers = np.asarray(self._digests), np.asarray(self._numbers)
         order = np.argsort(digests, kind="stable")
         (same,) = np.nonzero(digests[order][1:] == digests[order][:-1])
@@ -140,15 +140,15 @@ def _check_ids(ids: _Ids, path: Path, id_column: str) -> None:
     record = next(record for number, record in read_records(path) if number == rows[1])
     raise BonbonError(
         f"{path}, row {rows[1]}: id {_id_of(record, id_column, rows[1])!r} was used by row "
-        f"{rows[0]} already"
+        f"{rows[0]} already; give each row its own id"
     )
 
 
 def is_held_out(row: PromptRow | Group, fraction: float, split: str = "") -> bool:
     """Whether a prompt belongs to the held-out `fraction`, by its hash.
 
-    So it survives reordering, and a prompt that occurs twice is on one side. Splits of different
-    names are independent of each other: one within another needs a name of its own.
+    So it does not depend on the order, and a prompt that occurs twice is on one side. Splits of
+    different names are independent of each other, so a split of a split needs another name.
     """
     text = json.dumps(row.prompt, ensure_ascii=False).encode()
     digest = hashlib.blake2b(text, digest_size=8, salt=split.encode()).digest()
@@ -156,9 +156,9 @@ def is_held_out(row: PromptRow | Group, fraction: float, split: str = "") -> boo
 
 
 def checked_prompt(value: Any, where: str) -> Prompt:
-    """A prompt that is one: a text with something in it, or messages with one left to answer.
+    """Return a valid prompt: a text that is not empty, or messages that end before an answer.
 
-    Raises BonbonError, saying `where` it stands, for anything else.
+    Raises BonbonError, naming the place `where` it is, for anything else.
     """
     check_text(value, "prompt", where)
     if isinstance(value, str):

@@ -7,12 +7,12 @@ from typing import Any
 
 from bonbon.system.errors import BonbonError
 
-# Groups written before provenance stated `independent`: these strategies steer what is drawn.
+# For groups older than the entry `independent`: strategies whose draws depend on rewards.
 _STEERING = frozenset({"speculative_rejection", "tree_bon", "smc", "adaptive_n"})
 
 
 def check_independent(provenance: Mapping[str, Any], purpose: str) -> None:
-    """Raise BonbonError for groups whose completions are no independent draws of the base model."""
+    """Raise BonbonError for completions that are not independent draws of the base model."""
     strategy = (provenance.get("strategy") or {}).get("name")
     if not provenance.get("independent", strategy not in _STEERING):
         raise BonbonError(
@@ -23,6 +23,6 @@ def check_independent(provenance: Mapping[str, Any], purpose: str) -> None:
 
 
 def drawn_with(dataset: Any) -> Mapping[str, Any]:
-    """The sampling settings that groups were drawn with; empty where they do not say."""
+    """Return the sampling settings that groups were drawn with; empty where they are not known."""
     settings: Mapping[str, Any] = getattr(dataset, "provenance", {}).get("sampling", {})
     return settings

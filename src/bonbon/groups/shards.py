@@ -46,12 +46,12 @@ def _schema(chat: bool) -> pa.Schema:
 
 
 def shard_path(folder: Path, index: int) -> Path:
-    """Where shard `index` of a data set lies."""
+    """Return the path of shard `index` of a data set."""
     return folder / f"shard-{index:05d}.parquet"
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The finished shards of a data set, in order."""
+    """Return the paths of a data set's finished shards, in order."""
     with reached(folder, "read"):
         if is_remote(folder) and not folder.is_dir():  # object stores have no empty folders
             return []
@@ -59,7 +59,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def shard_indices(folder: Path) -> list[int]:
-    """The indices of the finished shards of a data set, ascending."""
+    """Return the indices of a data set's finished shards, ascending."""
     return [int(path.stem.removeprefix("shard-")) for path in shard_paths(folder)]
 
 
@@ -87,7 +87,7 @@ def read_shard(path: Path) -> Groups:
 
 
 def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A shard's table, its provenance read and looked at."""
+    """Read a shard's table. Raises BonbonError for an unknown schema version."""
     with _opened(path) as file:
         _provenance(path, file.schema_arrow.metadata)
         return file.read(columns)
@@ -99,7 +99,7 @@ def _as_groups(table: pa.Table) -> Groups:
 
 
 def shard_provenance(path: Path) -> dict[str, Any]:
-    """A shard's provenance, without reading its groups. Raises BonbonError as `read_shard` does."""
+    """Read a shard's provenance without its groups. Raises BonbonError as `read_shard` does."""
     with _opened(path) as file:
         return _provenance(path, file.schema_arrow.metadata)
 
@@ -109,13 +109,13 @@ def _provenance(path: Path, metadata: Mapping[bytes, bytes] | None) -> dict[str,
     if record.get("schema_version") != SCHEMA_VERSION:
         raise BonbonError(
             f"{path} holds no groups of schema version {SCHEMA_VERSION} "
-            f"(found {record.get('schema_version')}); make it again with `bonbon sample`"
+            f"(its version is {record.get('schema_version')}); make it again with `bonbon sample`"
         )
     return dict(record["provenance"])
 
 
 def shard_rows(path: Path) -> int:
-    """The number of groups in a shard, without reading them."""
+    """Return the number of groups in a shard without reading them."""
     with _opened(path) as file:
         return int(file.metadata.num_rows)
 
@@ -130,12 +130,12 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def iter_shards(folder: Path) -> Iterator[Groups]:
-    """Each shard of a data set in turn; the tables of a few are read ahead."""
+    """Yield each shard of a data set; the next few are read in advance."""
     return map(_as_groups, in_turn(_read_table, shard_paths(folder)))
 
 
 def iter_provenance(folder: Path) -> Iterator[dict[str, Any]]:
-    """Each shard's provenance in turn."""
+    """Yield each shard's provenance."""
     return in_turn(shard_provenance, shard_paths(folder))
 
 
@@ -146,7 +146,7 @@ def read_groups(folder: Path | str) -> Groups:
 
 
 def open_groups(folder: Path | str) -> StoredGroups:
-    """A data set of any size, to iterate over; of its groups the ids alone are read before.
+    """Open a data set of any size to iterate over; only its ids are read at once.
 
     Raises BonbonError when there is none, or when an id occurs twice.
     """
@@ -160,7 +160,7 @@ def open_groups(folder: Path | str) -> StoredGroups:
 
 @dataclass(frozen=True)
 class StoredGroups(Iterable[Group]):
-    """The groups of a folder, or those that `wanted` takes; a few shards are in memory at a time.
+    """The groups of a folder, or those that `wanted` accepts; a few shards are in memory at a time.
 
     Iterating raises BonbonError when a shard cannot be read.
     """

@@ -20,9 +20,10 @@ def check_text(value: Any, what: str, where: str) -> None:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a JSONL, CSV, Parquet or text file (its lines in the column `prompt`), numbered.
+    """Read the rows of a JSONL, CSV, Parquet or text file with their numbers, from 1.
 
-    Raises BonbonError, naming file and row, for what cannot be read.
+    A text file's lines are in the column `prompt`. Raises BonbonError, naming file and row, for
+    what cannot be read.
     """
     readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
         ".jsonl": _jsonl,
@@ -43,7 +44,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _wrong_line(path: Path) -> str:
-    """Where a file stops being UTF-8; the error of reading by blocks knows only its block."""
+    """Describe the first place that is not UTF-8; a decoding error counts within a block only."""
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
             line.decode()
@@ -97,7 +98,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _text(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """One prompt a line; blank lines are passed over."""
+    """Read one prompt from each line; blank lines are skipped."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():

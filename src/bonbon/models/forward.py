@@ -12,13 +12,13 @@ from torch import nn
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The causal language model inside DDP and PEFT wrappers."""
+    """Return the causal language model inside DDP and PEFT wrappers."""
     inner: Any = getattr(model, "module", model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
-    """The parameter names of the forward pass, seen through DDP and PEFT wrappers."""
+    """Return the parameter names of the forward pass, of the model inside its wrappers."""
     return _forward_parameters(type(unwrapped(model)))  # type: ignore[arg-type]
 
 
@@ -28,12 +28,12 @@ def _forward_parameters(kind: type[nn.Module]) -> frozenset[str]:
 
 
 def model_config(model: nn.Module) -> Any:
-    """A model's configuration, seen through a DDP wrapper; None where it has none."""
+    """Return a model's configuration, also inside a DDP wrapper; None where it has none."""
     return getattr(getattr(model, "module", model), "config", None)
 
 
 def cache_parameter(model: nn.Module) -> str | None:
-    """What the forward pass calls its key-value cache; None where it takes none.
+    """Return the forward pass's name for its key-value cache; None where it takes none.
 
     transformers 5.24 renamed `past_key_values` to `cache`.
     """
@@ -42,9 +42,9 @@ def cache_parameter(model: nn.Module) -> str | None:
 
 
 def last_logits(model: nn.Module, keep: int, **inputs: Any) -> torch.Tensor:
-    """The logits of the last `keep` positions, (rows, keep, vocabulary).
+    """Compute the logits of the last `keep` positions, (rows, keep, vocabulary).
 
-    Models that can compute only these do so; of the others the rest is cut off.
+    Models that can compute only these do so; with others the rest is cut off.
     """
     if "logits_to_keep" in forward_parameters(model):
         inputs["logits_to_keep"] = keep
@@ -52,7 +52,7 @@ def last_logits(model: nn.Module, keep: int, **inputs: Any) -> torch.Tensor:
 
 
 def full_precision(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in float32, or as they are where they have float64 already."""
+    """Convert logits to float32; float64 logits are returned unchanged."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -60,10 +60,11 @@ _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def supports_cached_prompt(model: nn.Module) -> bool:
-    """Whether a prompt's keys and values can serve several completions, with gradient.
+    """Whether several completions can use one prompt's keys and values, with gradient.
 
-    Not with recurrent or convolutional layers (their states are not kept apart by rows), gradient
-    checkpointing (it turns the cache off) or virtual tokens (they shift every column).
+    They cannot with recurrent or convolutional layers (whose states are not separate by row), with
+    gradient checkpointing (which turns the cache off), or with virtual tokens (which shift every
+    column).
     """
     if not takes_positions(model) or cache_parameter(model) is None:
         return False
@@ -73,11 +74,12 @@ def supports_cached_prompt(model: nn.Module) -> bool:
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether a column's position can be given, and is not shifted by virtual tokens."""
+    """Whether the forward pass takes position ids, and no virtual tokens shift them."""
     learned = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     has_config = model_config(model) is not None
     return has_config and not learned and "position_ids" in forward_parameters(model)
 
 
 def layer_types_of(model: nn.Module) -> Sequence[str]:
+    """Return the kinds of the model's layers; empty where its configuration does not list them."""
     return getattr(model_config(model).get_text_config(), "layer_types", None) or ()

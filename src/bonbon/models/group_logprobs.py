@@ -40,7 +40,7 @@ class GroupRows:
 def group_rows(
     prompts: Sequence[Tokens], completions: Sequence[Sequence[Tokens]], pad_id: int
 ) -> GroupRows:
-    """Lay out prompts with their completions; `completions[g]` are the g-th prompt's, m of them."""
+    """Lay out prompts with their completions; `completions[g]` are the m of the g-th prompt."""
     prompt_ids, prompt_mask = pad(prompts, pad_id, "left")
     ids, mask = pad([row for group in completions for row in group], pad_id, "right")
     shape = (len(prompts), -1, ids.shape[1])
@@ -50,22 +50,23 @@ def group_rows(
 def group_log_probs(
     model: nn.Module, rows: GroupRows, temperature: float = 1.0, share_prompt: bool = False
 ) -> torch.Tensor:
-    """Every completion's summed log-probability, (G, m), nats, with gradient.
+    """Compute every completion's summed log-probability, (G, m), nats, with gradient.
 
-    With `share_prompt` each prompt is computed once, whatever m: in one packed row where the model
-    supports it, else by its keys and values. Without, every completion has a prompt of its own.
+    With `share_prompt` each prompt is computed once for its m completions: in one packed row where
+    the model supports that, else by a cache of its keys and values. Without it the prompt is
+    computed for each completion.
     """
     if not share_prompt:
         return completion_log_probs(model, _own_prompts(rows), temperature).view(
             rows.completion_ids.shape[:2]
         )
-    way = _packed_log_probs if supports_packed_rows(model) else _cached_log_probs
-    log_probs = way(model, rows, temperature).view(rows.completion_ids.shape)
+    layout = _packed_log_probs if supports_packed_rows(model) else _cached_log_probs
+    log_probs = layout(model, rows, temperature).view(rows.completion_ids.shape)
     return (log_probs * rows.completion_mask).sum(dim=-1)
 
 
 def _own_prompts(rows: GroupRows) -> PaddedRows:
-    """One row a completion, G·m rows, each with a prompt of its own."""
+    """Lay out one row for each completion, with its prompt: G·m rows."""
     m = rows.completion_ids.shape[1]
     completion_mask = rows.completion_mask.flatten(0, 1)
     mask = torch.cat([rows.prompt_mask.repeat_interleave(m, dim=0), completion_mask], dim=1)
@@ -75,11 +76,11 @@ def _own_prompts(rows: GroupRows) -> PaddedRows:
 
 @dataclass(frozen=True)
 class _SharedRows:
-    """What all completions of a group share, and what each has to itself.
+    """The columns that all completions of a group share, and each completion's own columns.
 
-    A prompt's last token is read once a completion, since it predicts the completion's first one:
-    `prompt_*` (G, P - 1) are the other tokens, `own_*` (G, m, C) that token and the completion but
-    its last token, so that the C columns predict the completion's C tokens.
+    A prompt's last token predicts a completion's first one, so it is read with each completion.
+    `prompt_*` (G, P - 1) are the prompt's other tokens. `own_*` (G, m, C) are its last token and
+    the completion without its last token: these C columns predict the completion's C tokens.
     """
 
     prompt_ids: torch.Tensor
@@ -108,7 +109,7 @@ def _shared_rows(rows: GroupRows) -> _SharedRows:
 
 
 def _cached_log_probs(model: nn.Module, rows: GroupRows, temperature: float) -> torch.Tensor:
-    """ln p of every completion's tokens, (G·m, C)."""
+    """Compute ln p of every completion's tokens from cached prompts, (G·m, C), nats."""
     shared, m = _shared_rows(rows), rows.completion_ids.shape[1]
     mask = [shared.prompt_mask.repeat_interleave(m, dim=0), shared.own_mask.flatten(0, 1)]
 
@@ -123,7 +124,7 @@ def _cached_log_probs(model: nn.Module, rows: GroupRows, temperature: float) -> 
 
 
 def _prompt_cache(model: nn.Module, shared: _SharedRows, m: int) -> dict[str, Any]:
-    """The prompts' keys and values, each m times, as the forward pass takes them."""
+    """Compute the prompts' keys and values, each m times, as arguments of the forward pass."""
     # transformers' own cache, because it appends by concatenation, which has a gradient.
     cache = DynamicCache(config=model_config(model))
     with_cache = {str(cache_parameter(model)): cache, "use_cache": True}
@@ -146,7 +147,7 @@ def supports_shared_prompt(model: nn.Module) -> bool:
 
 
 def _packed_log_probs(model: nn.Module, rows: GroupRows, temperature: float) -> torch.Tensor:
-    """ln p of every completion's tokens, (G, m·C)."""
+    """Compute ln p of every completion's tokens in packed rows, (G, m·C), nats."""
     shared = _shared_rows(rows)
     inputs = {
         "input_ids": torch.cat([shared.prompt_ids, shared.own_ids.flatten(1)], dim=1),
@@ -160,7 +161,10 @@ def _packed_log_probs(model: nn.Module, rows: GroupRows, temperature: float) -> 
 
 
 def _block_mask(shared: _SharedRows) -> BlockMask:
-    """Causal, and a completion sees the prompt and itself; padding sees itself alone."""
+    """Build a causal mask in which a completion sees the prompt and itself, no other completion.
+
+    Padding sees only itself.
+    """
     prompt, width = shared.prompt_ids.shape[1], shared.own_ids.shape[2]
     real = torch.cat([shared.prompt_mask, shared.own_mask.flatten(1)], dim=1).bool()
     groups, length = real.shape
@@ -180,8 +184,8 @@ def _block_mask(shared: _SharedRows) -> BlockMask:
 def supports_packed_rows(model: nn.Module) -> bool:
     """Whether a model takes a block-sparse mask, with gradient: flex attention on a GPU.
 
-    PyTorch has no backward pass of it on a CPU. Layers with windows would take the mask for
-    theirs, so there must be none.
+    PyTorch has no backward pass for it on a CPU. Layers with sliding windows would use the mask
+    instead of their own, so there must be none.
     """
     config = model_config(model)
     if not takes_positions(model) or next(model.parameters()).device.type != "cuda":

@@ -26,16 +26,17 @@ BALANCED = "balanced"  # as a device: a model's layers, spread over all accelera
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """`auto` is the first accelerator that torch sees, else the CPU; draws need float64, so no MPS.
+    """Return a device by name; `auto` is the first accelerator that torch sees, else the CPU.
 
-    Raises BonbonError for a device that torch does not know or this machine does not have.
+    `auto` does not choose MPS, since draws need float64. Raises BonbonError for a device that torch
+    does not know or this machine does not have.
     """
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            said = first_line(error)
-            raise BonbonError(f"device {device!r} cannot be used here: {said}") from error
+            reason = first_line(error)
+            raise BonbonError(f"device {device!r} cannot be used here: {reason}") from error
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or accelerator.type == "mps":
         return torch.device("cpu")
@@ -43,26 +44,26 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on an accelerator and float32 on the CPU, where 16 bits are slow."""
+    """Return a dtype by name; `auto` is bfloat16, but float32 on a CPU, where 16 bits are slow."""
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 
-def forward_batch_tokens(asked: int | None, device: torch.device) -> int:
-    """Padded tokens a forward pass without cache takes at once: `asked`, else by the device.
+def forward_batch_tokens(setting: int | None, device: torch.device) -> int:
+    """Return the padded tokens of a forward pass without cache: the setting, else by the device.
 
-    A CPU computes batches that stay in its caches up to twice as fast.
+    A CPU computes batches that fit in its caches up to twice as fast.
     """
-    if asked is not None:
-        return asked
+    if setting is not None:
+        return setting
     return 1_024 if device.type == "cpu" else 16_384
 
 
 def apply_chat_template(
     tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False
 ) -> Any:
-    """The template's encoding (`input_ids` and so on) of a conversation.
+    """Encode a conversation by the tokenizer's chat template (`input_ids` and so on).
 
     Raises BonbonError when the template refuses the conversation, as some do a system message.
     """
@@ -81,9 +82,9 @@ def apply_chat_template(
 
 
 def load_pretrained(loader: Any, what: str, name: str, **options: Any) -> Any:
-    """`loader.from_pretrained(name)`; BonbonError in one sentence when it cannot be loaded."""
+    """Call `loader.from_pretrained(name)`. Raises BonbonError when it cannot be loaded."""
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise BonbonError(f"{what} {name}: there is no such folder")
+        raise BonbonError(f"{what} {name}: there is no such folder; check the path")
     try:
         return loader.from_pretrained(str(Path(name).expanduser()), **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
@@ -99,13 +100,13 @@ def load_policy(
     trust_remote_code: bool = False,
     quantization: Quantization | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
-    """A causal language model in evaluation mode, and its tokenizer.
+    """Load a causal language model, in evaluation mode, and its tokenizer.
 
-    `name` is a Hugging Face model folder or id, or a PEFT adapter folder (its base is loaded with
-    it). Weights are read from safetensors only. With `quantization` bitsandbytes quantises those of
-    the linear layers. On the device `balanced` the layers are spread evenly over all accelerators,
-    one behind the other; such a model can be measured, but not drawn from. Raises BonbonError when
-    anything is missing, or does not fit.
+    `name` is a Hugging Face model folder or id, or a PEFT adapter folder (whose base model is
+    loaded too). Weights are read from safetensors only. With `quantization` bitsandbytes quantises
+    the weights of linear layers. On the device `balanced` consecutive layers are spread evenly over
+    all accelerators; such a model can be measured, but not sampled from. Raises BonbonError when
+    anything is missing or does not fit.
     """
     spread = device == BALANCED
     where = pick_device("auto" if spread else device)
@@ -128,12 +129,12 @@ def load_policy(
     if spread:
         _check_fits(model, name, where)
     tokenizer = load_pretrained(AutoTokenizer, "tokenizer of", name, **shared)
-    placed = spread or quantization  # else where they are read
+    placed = spread or quantization  # already on its devices
     return (model if placed else model.to(where)).eval(), tokenizer
 
 
 def _check_fits(model: PreTrainedModel, name: str, device: torch.device) -> None:
-    """Raise BonbonError where layers that no accelerator had room for were put elsewhere."""
+    """Raise BonbonError where some layers did not fit on the accelerators."""
     places = set(map(str, devices_of(model)))
     if device.type != "cpu" and places & {"cpu", "disk"}:
         raise BonbonError(
@@ -143,14 +144,14 @@ def _check_fits(model: PreTrainedModel, name: str, device: torch.device) -> None
 
 
 def devices_of(model: Any) -> set[Any]:
-    """Where a model's layers were put by `balanced`; empty for a model that is in one place."""
+    """Return the devices that `balanced` put a model's layers on; empty for any other model."""
     return set(getattr(model, "hf_device_map", {}).values())
 
 
 def _quantized(
     quantization: Quantization | None, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """The arguments that load quantised weights: nf4 as QLoRA has it, or LLM.int8()."""
+    """Return the arguments that load quantised weights: nf4 as in QLoRA, or LLM.int8()."""
     if quantization is None:
         return {}
     if find_spec("bitsandbytes") is None:
@@ -173,7 +174,7 @@ def _quantized(
 def load_tokenizer(
     name: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Tokenizer, int | None]:
-    """A policy's tokenizer, and the context of its model, whose weights are not read.
+    """Load a policy's tokenizer, and its model's context length (tokens), but no weights.
 
     Raises BonbonError as `load_policy` does.
     """
@@ -184,7 +185,7 @@ def load_tokenizer(
 
 
 def adapter_base(name: str) -> str:
-    """The model that an adapter folder was trained on; any other name as it is."""
+    """Return the base model of an adapter folder; any other name unchanged."""
     adapter = Path(name).expanduser() / "adapter_config.json"
     if not adapter.exists():
         return name
@@ -192,7 +193,7 @@ def adapter_base(name: str) -> str:
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a completion: the generation config's and the tokenizer's."""
+    """Return the tokens that end a completion: those of the model's configs and the tokenizer."""
     ends: set[int] = set()
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         value = getattr(source, "eos_token_id", None)
@@ -201,11 +202,11 @@ def end_token_ids(model: PreTrainedModel, tokenizer: Tokenizer) -> tuple[int, ..
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The most tokens a prompt and its completion may have together, where the model says so."""
+    """Return the most tokens of a prompt and its completion together; None where not known."""
     return config_context(model.config)
 
 
 def config_context(config: Any) -> int | None:
-    """The context that a model's configuration names; None where it names none."""
+    """Return the context length (tokens) in a model's configuration; None where it has none."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None

@@ -1,16 +1,16 @@
 """Log-probabilities of completions under a model, summed over tokens, differentiable.
 
-A completion's log-probability counts exactly the tokens that were drawn: with the end token where
-it was drawn, without one where the completion was cut off.
+A completion's log-probability counts exactly the tokens that were drawn: the end token is among
+them if it was drawn, and not if the completion was cut off.
 
-A group's completions share their prompt. Three layouts give the same numbers and gradients:
+The completions of a group share their prompt. Three layouts give the same numbers and gradients:
 
-- one row a completion, each with a prompt of its own: the reference, which every model takes;
-- the prompt first, whose keys and values, gradient included, then serve one row a completion;
-- one row a group, prompt and completions one behind the other under a block-sparse mask.
+- one row for each completion, with its prompt: the reference, which every model takes;
+- the prompt once, whose keys and values, with gradient, are then used by one row a completion;
+- one row for each group, the prompt followed by all completions, under a block-sparse mask.
 
-The logits of a large batch are never all held: its hidden states go through the output head chunk
-by chunk, and backward computes each chunk's logits anew.
+The logits of a large batch are never in memory all at once: its hidden states go through the output
+head in chunks, and the backward pass recomputes each chunk's logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bonbon.models.loading import devices_of
 from bonbon.models.padding import PaddedRows
 
 # Up to this many logits (rows x positions x vocabulary) are computed at once, 64 MiB in float32;
-# more go in chunks of as many, or on a CPU of fewer, which is as fast and holds less.
+# more are computed in chunks of this size, or on a CPU of a smaller one, which is as fast.
 _LOGITS = 2**24
 
 
@@ -42,9 +42,9 @@ Inputs = Callable[[], dict[str, Any]]
 def token_log_probs(
     logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
-    """ln p of `ids` (..., length) under `logits` (..., length, vocabulary) / temperature.
+    """Compute ln p of `ids` (..., length) under `logits` (..., length, vocabulary) / temperature.
 
-    In float32, or float64 for float64 logits.
+    In nats; float32, or float64 for float64 logits.
     """
     scores = full_precision(logits)
     if temperature != 1:  # or all logits would be copied for nothing
@@ -57,9 +57,9 @@ def token_log_probs(
 def last_log_probs(
     model: nn.Module, targets: torch.Tensor, temperature: float, inputs: Inputs
 ) -> torch.Tensor:
-    """ln p of `targets`, (rows, length): the tokens that the last `length` positions predict.
+    """Compute ln p of `targets`, (rows, length), the tokens that the last positions predict.
 
-    `inputs` makes the forward pass's arguments: once for each pass, as a cache serves but one.
+    `inputs` makes the forward pass's arguments, once for each pass, since each needs its own cache.
     """
     config = model_config(model)
     if config is not None and targets.numel() * config.get_text_config().vocab_size > _LOGITS:
@@ -72,10 +72,10 @@ def last_log_probs(
 def _chunked_log_probs(
     model: nn.Module, targets: torch.Tensor, temperature: float, inputs: Inputs
 ) -> torch.Tensor | None:
-    """`last_log_probs` in chunks; None where the model's logits are not its head's own output.
+    """Compute `last_log_probs` in chunks; None where the head's output is not the model's logits.
 
-    For one call the head puts out log-probabilities instead. It does so inside the model's forward
-    pass, so that whatever is wrapped around the model (DDP, FSDP, PEFT, autocast) does its part.
+    For one call the head returns log-probabilities instead of logits. This happens inside the
+    model's forward pass, so that all wrappers of the model (DDP, FSDP, PEFT, autocast) take part.
     """
     inner = unwrapped(model)
     head = getattr(inner, "get_output_embeddings", lambda: None)()
@@ -103,7 +103,7 @@ def _chunked_log_probs(
     finally:
         watch.remove()
     once = len(put_out) == len(returned) == 1
-    # The same tensor, not written to since: nothing was done to the head's output.
+    # The same tensor, not written to since: the head's output is the model's.
     return log_probs if once and put_out[0] is returned[0] and put_out[0]._version == 0 else None
 
 
@@ -114,7 +114,7 @@ def _by_chunks(
     temperature: float,
     chunk: int,
 ) -> torch.Tensor:
-    """ln p of `targets` (rows, length) from `hidden` (rows, length, width), `chunk` at a time."""
+    """Compute ln p of `targets` (rows, length) from `hidden` (rows, length, width) in chunks."""
 
     def log_probs(states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return token_log_probs(project(states), ids, temperature)
@@ -126,9 +126,9 @@ def _by_chunks(
 
 
 def _scales_logits(model: nn.Module) -> bool:
-    """Whether the configuration names something that is done to the head's output.
+    """Whether the configuration has a scale or a cap of the head's output.
 
-    Only saves the forward pass in which that would be noticed.
+    `_chunked_log_probs` would notice such an operation too, but only after a forward pass.
     """
     settings = vars(model_config(model).get_text_config()).items()
     done = [
@@ -153,7 +153,7 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., torch.Tensor]) -
 def completion_log_probs(
     model: nn.Module, rows: PaddedRows, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Σ_t ln π(y_t | x, y_<t) of each row's completion, shape (rows,), nats."""
+    """Compute Σ_t ln π(y_t | x, y_<t) of each row's completion, shape (rows,), nats."""
     inputs = {  # The last column predicts nothing.
         "input_ids": rows.input_ids[:, :-1],
         "attention_mask": rows.attention_mask[:, :-1],

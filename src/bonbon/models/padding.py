@@ -67,7 +67,7 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
 def kept_when_cut(ids: Tokens, longest: int, special: Collection[int]) -> list[int]:
     """Return the columns that stay when a row is cut to `longest` tokens at its start.
 
-    A leading special token stays (a begin token, or the one whose state a classifier reads).
+    A leading special token remains (a begin token, or the one whose state a classifier reads).
     """
     head = [0] if ids and ids[0] in special and longest > 1 else []
     tail = max(len(head), len(ids) - longest + len(head))

@@ -107,7 +107,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention, (B, heads, q, width), and ln of its denominator, (B, heads, q, 1).
 
-    In float32, or float64 for float64 queries.
+    The normaliser is the softmax's denominator. In float32, or float64 for float64 queries.
     """
     scores = full_precision((query * scaling) @ keys.transpose(-1, -2))
     if bias is not None:

@@ -1,13 +1,13 @@
 """Drawing and scoring with vLLM's offline engine (extra `vllm`).
 
-What is drawn is the same distribution as with `TransformersSampler`: nothing of the model's
-`generation_config.json` but its end tokens, and log-probabilities with temperature, top-k and top-p
-in them. The draws themselves differ, since vLLM has random numbers of its own: completion k of a
-prompt has the seed `random_streams.request_seed` + k. The same seed gives the same completions as
-far as arithmetic goes; matrix products of other batch shapes may differ in the last bits, and where
-a draw is that close, another token comes out.
+Completions come from the same distribution as with `TransformersSampler`: of the model's
+`generation_config.json` only the end tokens are used, and log-probabilities include temperature,
+top-k and top-p. The draws themselves differ, since vLLM has its own random numbers: completion k of
+a prompt has the seed `random_streams.request_seed` + k. The same seed gives the same completions up
+to rounding: matrix products of other batch shapes may differ in the last bits, and then a draw very
+close to a boundary may give another token.
 
-vLLM starts processes that import the main module again, so a script of your own needs its
+vLLM starts processes that import the main module again, so your own script needs
 `if __name__ == "__main__":`.
 """
 
@@ -45,27 +45,27 @@ _REASON = re.compile(r"\b(\w*(?:Error|Exception)): (.+)")
 
 
 def import_vllm() -> Any:
-    """The package, which then says errors alone. Raises BonbonError where it is not installed.
+    """Import vLLM, which then logs only errors. Raises BonbonError where it is not installed.
 
-    `VLLM_LOGGING_LEVEL` in the environment shows more.
+    Set `VLLM_LOGGING_LEVEL` in the environment to log more.
     """
     if importlib.util.find_spec("vllm") is None:
         raise BonbonError("vLLM is not installed: pip install 'bonbon-align[vllm]'")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would tell its makers what it runs
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # or it would report what it runs
     try:
-        with _own_output():
+        with own_output():
             import vllm
-    except Exception as error:  # a build for another CUDA, say
+    except Exception as error:  # for example a build for another CUDA
         raise BonbonError(f"vLLM is installed but does not load: {error_message(error)}") from error
     return vllm
 
 
 @contextmanager
-def _own_output() -> Iterator[IO[bytes] | None]:
-    """Gives what is printed meanwhile, and by processes started meanwhile for good, a file.
+def own_output() -> Iterator[IO[bytes] | None]:
+    """Redirect output to a temporary file meanwhile; of processes started meanwhile, permanently.
 
-    It holds why an engine did not start, which the exception in this process does not say. None,
-    and nothing taken, where the user set vLLM's logging level.
+    The file has the reason why an engine did not start, which this process's exception lacks.
+    Where the user has set vLLM's logging level, nothing is redirected and there is no file (None).
     """
     if "VLLM_LOGGING_LEVEL" in os.environ:
         yield None
@@ -95,11 +95,11 @@ class Engine:
     """A running `vllm.LLM` and the processes behind it.
 
     Args:
-        what: the model in words, for errors.
-        settings: the user's.
-        arguments: of `vllm.LLM`, ours.
+        what: names the model in errors.
+        settings: the user's settings.
+        arguments: our arguments of `vllm.LLM`.
 
-    Raises BonbonError, with the reason that the engine's processes gave, when it does not start.
+    Raises BonbonError when the engine does not start, with the reason its processes printed.
     """
 
     def __init__(self, what: str, settings: VllmSettings, **arguments: Any) -> None:
@@ -112,12 +112,12 @@ class Engine:
         known = {**settings.model_dump(exclude={"engine", "name"}), **quiet, **arguments}
         _check_settings(settings, known)
         try:
-            with _own_output() as self._output:
+            with own_output() as self._output:
                 self.llm = vllm.LLM(**known, **settings.engine)
         except Exception as error:  # of whatever kind: vLLM, torch, the driver
             raise BonbonError(
                 f"vLLM cannot run {what}: {self._reason(error)} (VLLM_LOGGING_LEVEL=INFO shows "
-                "all that it says)"
+                "its whole log)"
             ) from error
         self._guard = _guard_of(set(multiprocessing.active_children()) - set(earlier))
 
@@ -128,12 +128,12 @@ class Engine:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model knows."""
+        """The number of tokens in the model's vocabulary."""
         return int(self.llm.llm_engine.model_config.get_vocab_size())
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Raises what goes wrong meanwhile as a BonbonError."""
+        """Raise every exception of the engine meanwhile as a BonbonError."""
         start = 0 if self._output is None else self._output.seek(0, os.SEEK_END)
         done = Event()
         Thread(target=self._watch, args=(done,), daemon=True).start()
@@ -147,7 +147,7 @@ class Engine:
             done.set()
 
     def _watch(self, done: Event) -> None:
-        """Wakes vLLM (0.32) up, which waits for ever for what a killed process would have sent."""
+        """Raise an error in vLLM (0.32) when its process is dead, or it would wait for ever."""
         core = self.llm.llm_engine.engine_core
         resources = getattr(core, "resources", None)  # None where the engine has no processes
         while resources is not None and not done.wait(_WATCH_SECONDS):
@@ -156,31 +156,31 @@ class Engine:
                 return
 
     def close(self) -> None:
-        """End its processes, which frees their memory; a second call does nothing."""
-        with suppress(Exception):  # one that has died is as good as closed
+        """End the engine's processes, which frees their memory; a second call does nothing."""
+        with suppress(Exception):  # its process may have ended already
             self.llm.llm_engine.engine_core.shutdown()
         if self._guard is not None:
             self._guard.communicate(b"\n")
             self._guard = None
 
     def _reason(self, error: Exception, start: int = 0) -> str:
-        """What went wrong: the first error that its processes report where they are to blame."""
+        """Return the reason of an error: the first one its processes printed, if it is theirs."""
         dead = type(error).__name__ == "EngineDeadError"
         if (dead or "root cause" in str(error)) and self._output is not None:
             self._output.seek(start)
-            said = self._output.read().decode(errors="replace")
-            if found := _REASON.search(said):
-                return f"{found[1]}: {found[2]}"
+            printed = self._output.read().decode(errors="replace")
+            if reason := _REASON.search(printed):
+                return f"{reason[1]}: {reason[2]}"
         if dead:
             return "its process has ended, as when the machine runs out of memory"
         return error_message(error)
 
 
 def _guard_of(processes: Iterable[BaseProcess]) -> subprocess.Popen[bytes] | None:
-    """A shell that ends an engine's processes when this one is killed.
+    """Start a shell that ends an engine's processes when this process is killed.
 
-    vLLM (0.32) would leave them, and with them the memory that the next try needs. The shell's
-    input ends with this process; a line on it says that all is well.
+    vLLM (0.32) would leave them running, with the memory that a re-run needs. The shell's input
+    ends when this process does; a line on it means that the engine was closed in order.
     """
     pids = [str(process.pid) for process in processes]
     if not pids:
@@ -195,6 +195,7 @@ def _guard_of(processes: Iterable[BaseProcess]) -> subprocess.Popen[bytes] | Non
 
 
 def error_message(error: Exception) -> str:
+    """Return an error of vLLM in one line."""
     if isinstance(error, ValidationError):  # whose first line counts errors
         return error.errors()[0]["msg"]
     return first_line(error)
@@ -214,22 +215,23 @@ def _check_settings(settings: VllmSettings, known: dict[str, Any]) -> None:
 
 
 def model_place(name: str) -> str:
-    """A model's folder or hub id as vLLM takes it, which knows no `~`."""
+    """Return a model's folder or hub id with `~` expanded, as vLLM needs it."""
     return str(Path(name).expanduser()) if name.startswith("~") else name
 
 
 def device_type(device: str) -> str:
-    """The type of device that the installed vLLM runs on; BonbonError for another than `device`."""
+    """Return the type of device of the installed vLLM. Raises BonbonError if `device` differs."""
     from vllm.platforms import current_platform
 
     built_for = str(current_platform.device_type)
     if device not in ("auto", BALANCED, built_for):
         raise BonbonError(
-            f"device {device!r} cannot be had: the installed vLLM runs on {built_for!r}; leave "
+            f"device {device!r} cannot be used: the installed vLLM runs on {built_for!r}; leave "
             "device at auto, and choose among GPUs with CUDA_VISIBLE_DEVICES"
         )
     return built_for
 
 
 def dtype_name(dtype: str, device: str) -> str:
+    """Return the name of a dtype as vLLM takes it; `auto` by the device."""
     return str(pick_dtype(dtype, torch.device(device))).removeprefix("torch.")

@@ -31,10 +31,10 @@ from bonbon.system.errors import BonbonError
 def reward_inputs(
     tokenizer: Tokenizer, prompt: Prompt, completion: str, positions: int | None, types: bool
 ) -> dict[str, list[int]]:
-    """What a reward model reads for one completion, written as `RewardModel` says.
+    """Encode one completion for a reward model, as `RewardModel` describes it.
 
-    `input_ids` and, with `types` and where the tokenizer gives some, `token_type_ids`; at most
-    `positions` tokens, and what the tokenizer allows (None: that alone).
+    Returns `input_ids` and, with `types` and where the tokenizer returns them, `token_type_ids`; at
+    most as many tokens as the tokenizer allows and, unless it is None, `positions`.
     """
     if tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -42,7 +42,7 @@ def reward_inputs(
         encoded = apply_chat_template(tokenizer, messages)
     else:
         encoded = tokenizer(as_text(prompt), completion)
-    longest = tokenizer.model_max_length  # a huge number where the tokenizer knows none
+    longest = tokenizer.model_max_length  # a huge number where the tokenizer has no limit
     if positions is not None:
         longest = min(longest, positions)
     names = ["input_ids"]
@@ -55,13 +55,14 @@ def reward_inputs(
 class RewardModel:
     """A Hugging Face sequence-classification model with a single output as a reward.
 
-    With a chat template in its tokenizer, the conversation with the completion as its last message
+    If its tokenizer has a chat template, the conversation with the completion as its last message
     is scored; otherwise the pair (prompt, completion) as the tokenizer encodes pairs. In a pair, a
-    conversation of one user message is that message's text, a longer one is written out line by
-    line as `role: content`. Texts too long for the model lose tokens at their
-    beginning, behind a leading special token.
-    A causal model reads what the rows of a prompt begin with once (`rewards.shared_prefix`).
-    Batches are sorted by length and hold at most `max_batch_tokens` padded tokens (None:
+    conversation of one message is that message's text, and a longer one has a line
+    `role: content` for each message. A text that is too long for the model loses its first tokens,
+    except a leading special token.
+
+    A causal model reads the common beginning of a prompt's rows once (`rewards.shared_prefix`).
+    Batches are sorted by length and have at most `max_batch_tokens` tokens with padding (None:
     1,024 on a CPU, 16,384 elsewhere).
     """
 
@@ -80,7 +81,7 @@ class RewardModel:
         self.max_batch_tokens = max_batch_tokens
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # The model finds the last token of a row by what it is padded with here.
+        # The model needs the padding token to locate the last token of a row.
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @classmethod
@@ -125,7 +126,7 @@ class RewardModel:
     def _shared(
         self, prompts: Sequence[Prompt], rows: list[dict[str, list[int]]], max_tokens: int
     ) -> dict[int, float]:
-        """The scores of rows that share a beginning worth sharing, by their index."""
+        """Score the rows whose common beginning is read once; returns scores by row index."""
         if not reads_beginnings_once(self.model) or any("token_type_ids" in row for row in rows):
             return {}
         pad_id = self.model.config.get_text_config().pad_token_id
@@ -134,11 +135,11 @@ class RewardModel:
         return scores_by_beginnings(self.model, ids, beginnings, pad_id, max_tokens)
 
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
-        """The token ids that the model reads for one completion."""
+        """Return the token ids that the model reads for one completion."""
         return self._inputs(prompt, completion)["input_ids"]
 
     def _inputs(self, prompt: Prompt, completion: str) -> dict[str, list[int]]:
-        """What the model reads for one completion: its tokens and, where it has them, types."""
+        """Encode one completion: its tokens and, if the model takes them, token types."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         types = "token_type_ids" in forward_parameters(self.model)
         return reward_inputs(self.tokenizer, prompt, completion, positions, types)

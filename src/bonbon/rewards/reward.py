@@ -1,8 +1,8 @@
-"""Rewards: anything that maps (prompts, completions) to one number a completion.
+"""Rewards: functions of (prompts, completions) that return one number for each completion.
 
-A reward sees a prompt as the user gave it (a text or a list of messages) and a completion's text.
+A reward gets a prompt as the user gave it (a text or a list of messages) and a completion's text.
 `score_groups` is the only caller: it refuses NaN, infinities and wrong shapes, naming the prompt
-and the completion, so that no reward can silently change a result.
+and the completion, so that no reward can change a result unnoticed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Reward(Protocol):
     """Scores completions; larger is better."""
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
-        """Rewards of shape (len(completions),), float64; `prompts[i]` belongs to completion i."""
+        """Return rewards of shape (len(completions),), float64; `prompts[i]` is completion i's."""
         ...
 
 
@@ -32,7 +32,7 @@ class Reward(Protocol):
 class FunctionReward:
     """A Python function `(prompts, completions) -> numbers`, named `package.module:function`.
 
-    Raises BonbonError when it cannot be found or when a call of it raises.
+    Raises BonbonError when it cannot be imported or when a call raises.
     """
 
     name: str
@@ -40,17 +40,17 @@ class FunctionReward:
 
     @classmethod
     def from_name(cls, name: str) -> FunctionReward:
-        """Import the function; modules in the current folder are found too."""
+        """Import the function, also from a module in the current folder."""
         return cls(name, import_function(name, "reward function"))
 
     def digest(self) -> str | None:
-        """A hash of the file that the function is written in; None where there is none."""
+        """Return a hash of the function's source file; None where there is none."""
         return function_digest(self.function)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         try:
             return np.asarray(self.function(prompts, completions), dtype=np.float64)
-        except Exception as error:  # the user's code again
+        except Exception as error:  # the user's code may raise anything
             raise BonbonError(
                 f"reward function {self.name!r} failed: {error_text(error)}"
             ) from error
@@ -58,7 +58,7 @@ class FunctionReward:
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """Σ weight · reward, for rewards that should be traded against each other."""
+    """Σ weight · reward, for rewards that are to be balanced against each other."""
 
     parts: tuple[tuple[float, Reward], ...]
 
@@ -69,14 +69,14 @@ class WeightedSum:
             if values.shape != total.shape:  # or numpy would broadcast a single number
                 raise BonbonError(
                     f"part {index + 1} of the weighted sum returned shape {values.shape} for "
-                    f"{len(completions)} completions"
+                    f"{len(completions)} completions; it must return one number each"
                 )
             total += weight * values
         return total
 
 
 def score_groups(reward: Reward, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-    """The rewards of each group's completions, all groups in one call of the reward.
+    """Compute the rewards of each group's completions, all groups in one call of the reward.
 
     Raises BonbonError for a wrong shape, or for a NaN or an infinity, naming prompt and completion.
     """

@@ -20,15 +20,15 @@ from bonbon.system.errors import BonbonError
 class VllmRewardModel:
     """`RewardModel`, run by vLLM: a sequence-classification model with a single output.
 
-    It reads the very tokens that `RewardModel` reads, and a reward is the output as it is, without
-    a sigmoid. Models that tell a pair's parts apart by token types (BERT) are an error.
+    It reads the same tokens as `RewardModel`, and a reward is the model's output without a sigmoid.
+    Models that mark the parts of a pair by token types (BERT) are an error.
 
     Args:
         config: names the model, safetensors only; vLLM batches by itself, so `max_batch_tokens` is
             not used.
         settings: how vLLM runs it, as in `VllmSampler`.
 
-    Raises BonbonError when vLLM is not there or cannot run the model.
+    Raises BonbonError when vLLM is not installed or cannot run the model.
     """
 
     def __init__(self, config: RewardConfig, settings: VllmSettings) -> None:
@@ -68,14 +68,14 @@ class VllmRewardModel:
         return np.array([output.outputs.data.double().item() for output in outputs])
 
     def encode(self, prompt: Prompt, completion: str) -> list[int]:
-        """The token ids that the model reads for one completion."""
+        """Return the token ids that the model reads for one completion."""
         row = reward_inputs(
             self.tokenizer, prompt, completion, self._longest, types=self._token_types
         )
         if any(row.get("token_type_ids", ())):
             raise BonbonError(
-                "the reward model tells prompt and completion apart by token types, which vLLM is "
-                "not given here; leave reward.vllm out"
+                "the reward model marks prompt and completion by token types, which vLLM does not "
+                "get here; leave reward.vllm out"
             )
         return row["input_ids"]
 
@@ -88,8 +88,8 @@ def _check_reward_model(name: str, config: Any) -> None:
     kinds = config.architectures or ()
     if not any("ForSequenceClassification" in kind for kind in kinds):
         raise BonbonError(
-            f"reward model {name} is a {', '.join(kinds) or 'model of no stated kind'}, and no "
-            "sequence-classification model"
+            f"reward model {name} is a {', '.join(kinds) or 'model of an unknown kind'}, not a "
+            "sequence-classification model; choose one with a single output"
         )
     if config.num_labels != 1:
         raise BonbonError(

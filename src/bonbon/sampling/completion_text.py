@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-# A text is decoded behind this many tokens before it, for the spaces between.
-_CONTEXT = 8
+# Tokens before a text that are decoded with it, so that its first space is kept.
+CONTEXT_TOKENS = 8
 
 
 def completion_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-    """The completion's text as it stands behind the prompt.
+    """Decode a completion's text as it follows the prompt.
 
-    Many tokenizers drop a text's first space when decoding, so the completion is decoded behind
-    the prompt's last tokens and these are taken off again.
+    Many tokenizers drop a text's first space when decoding, so the completion is decoded together
+    with the prompt's last tokens, whose text is then removed.
     """
-    head_ids = list(prompt_ids[-_CONTEXT:])
+    head_ids = list(prompt_ids[-CONTEXT_TOKENS:])
     head = tokenizer.decode(head_ids, skip_special_tokens=True)
     whole = tokenizer.decode(head_ids + list(ids), skip_special_tokens=True)
     if whole.startswith(head):
@@ -25,6 +25,6 @@ def completion_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequen
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
-    """The text before the first of the stop strings in it; None where there is none."""
-    found = [place for place in (text.find(string) for string in stop) if place >= 0]
-    return text[: min(found)] if found else None
+    """Return the text before its first stop string; None where it has none."""
+    starts = [start for start in (text.find(string) for string in stop) if start >= 0]
+    return text[: min(starts)] if starts else None

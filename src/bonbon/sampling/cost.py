@@ -20,8 +20,8 @@ class Cost:
     """The cost of answers; costs can be added.
 
     `generated`: tokens drawn from the policy, those of rejected candidates included. `prefilled`:
-    prompt tokens it read, each once where a prompt's cache serves several rows. `reward_calls`:
-    completions scored, partial ones included. `seconds`: a prompt's share of the wall clock.
+    prompt tokens that it read, counted once where several rows use one cache. `reward_calls`:
+    completions scored, partial ones included. `seconds`: a prompt's share of the wall-clock time.
     """
 
     generated: int = 0

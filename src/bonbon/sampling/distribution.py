@@ -14,18 +14,17 @@ from bonbon.config.sampling import SamplingConfig
 from bonbon.models.forward import full_precision
 from bonbon.system.errors import BonbonError
 
-# Neighbouring tokens that are drawn as one at first.
+# Neighbouring tokens in a block; first a block is drawn, then a token in it.
 _CDF_BLOCK = 128
 
 
 def warped_log_probs(
     logits: torch.Tensor, config: SamplingConfig, drawn: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Next-token log-probabilities under the sampling settings, (rows, vocabulary), in nats.
+    """Compute next-token log-probabilities under the sampling settings, (rows, vocabulary), nats.
 
-    Computed in float32, or in float64 for float64 logits. `drawn`, (rows,), are tokens that top-k
-    and top-p are known to have left: computed again in another batch, in 16 bits, a cut may fall
-    one token short.
+    In float32, or in float64 for float64 logits. `drawn`, (rows,), are tokens known to be within
+    top-k and top-p, which are kept: recomputed in 16 bits in another batch, the set may lack one.
     """
     scores = full_precision(logits)
     warpers = LogitsProcessorList()
@@ -43,10 +42,10 @@ def warped_log_probs(
 
 
 def draw_tokens(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The inverse CDF of each row of `log_probs` (rows, vocabulary) at `uniforms` (rows,).
+    """Compute the inverse CDF of each row of `log_probs` (rows, vocabulary) at `uniforms` (rows,).
 
-    First the block of tokens, then the token in it: a float64 CDF of a whole vocabulary costs as
-    much as a tenth of the forward pass. Raises BonbonError for probabilities that are NaN.
+    It looks up the block of tokens first, then the token in it: a float64 CDF of a whole vocabulary
+    takes up to a tenth of the forward pass's time. Raises BonbonError for NaN probabilities.
     """
     rows, vocabulary = log_probs.shape
     weights = log_probs.new_zeros(rows, -(-vocabulary // _CDF_BLOCK) * _CDF_BLOCK)
@@ -60,7 +59,7 @@ def draw_tokens(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
 def _inverse_cdf(
     weights: torch.Tensor, uniforms: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the `weights` (rows, k) each uniform number falls on, and where in it, in [0, 1]."""
+    """Return which of `weights` (rows, k) each uniform falls on, and where in it, in [0, 1]."""
     cdf = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cdf[:, -1:]
     if not bool(total.isfinite().all()):
@@ -68,7 +67,7 @@ def _inverse_cdf(
             "the model's next-token probabilities are not finite; its weights overflow in this "
             "dtype (try model.dtype=float32), or the sampling temperature is too small"
         )
-    # Below the total even when rounded, or a last token without probability could be drawn.
+    # Kept below the total despite rounding, or a last token of probability 0 could be drawn.
     target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
     index = torch.searchsorted(cdf, target, right=True)
     end = cdf.gather(-1, index)

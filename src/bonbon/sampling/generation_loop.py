@@ -1,13 +1,13 @@
-"""Completions while they are drawn: a row each, in step, over one key-value cache.
+"""Completions while they are drawn: one row each, a token at a time, over one key-value cache.
 
-The core of every sampler and of every decoding strategy that drops or branches rows. Each row owns
-a random stream (`random_streams`); its t-th token is the inverse CDF of the next-token distribution
-at the stream's t-th uniform number, so that no draw depends on what else is in the batch. What is
-left is arithmetic: matrix products of different batch shapes may differ in the last bits, so a
-token whose CDF boundary lies that close to its uniform number (about one in a million in float32)
-may come out differently; in float64 none does. Models whose rotary embedding depends on the longest
-row of a batch (longrope and dynamic, as Phi-3's 128k) are the exception: beyond their original
-context, draws of a batch depend on each other.
+The core of the local sampler and of every decoding strategy that drops or branches rows. Each row
+has its own random stream (`random_streams`): its t-th token is the inverse CDF of the next-token
+distribution at the stream's t-th uniform number, so no draw depends on what else is in the batch.
+Only rounding does: matrix products of different batch shapes may differ in the last bits, so a
+token whose CDF boundary is that close to its uniform number (about one in a million in float32) may
+differ; in float64 none does. Models whose rotary embedding depends on the longest row of a batch
+(longrope and dynamic, such as Phi-3's 128k) are the exception: beyond their original context, draws
+of a batch depend on each other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bonbon.models.growing_cache import block_growing_cache
 from bonbon.models.loading import end_token_ids
 from bonbon.models.padding import pad, positions
 from bonbon.models.shared_prompts import SharedPrompts, shared_prompt_attention, shares_prompts
-from bonbon.sampling.completion_text import _CONTEXT, completion_text, cut_at_stop
+from bonbon.sampling.completion_text import CONTEXT_TOKENS, completion_text, cut_at_stop
 from bonbon.sampling.distribution import draw_tokens, warped_log_probs
 from bonbon.sampling.random_streams import uniform_stream
 from bonbon.system.errors import BonbonError
@@ -43,7 +43,7 @@ from bonbon.system.errors import BonbonError
 
 @dataclass(frozen=True)
 class Row:
-    """A completion as far as it is drawn; `logprob` is summed over its tokens (nats)."""
+    """The tokens of a completion that are drawn so far; `logprob` is summed over them (nats)."""
 
     token_ids: tuple[int, ...]
     logprob: float
@@ -51,10 +51,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What draws: a model in evaluation mode, its tokenizer, and the settings.
+    """A model in evaluation mode, its tokenizer, and the settings to draw with.
 
-    `stream` names the random streams. A row also ends where one of the `stop` strings appears in
-    its text, which then ends before it.
+    `stream` names the random streams. A row also ends when one of the `stop` strings appears in its
+    text; the text then ends before that string.
     """
 
     model: PreTrainedModel
@@ -65,11 +65,11 @@ class Decoder:
     progress: Callable[[int], Any] | None = None  # called with the number of tokens of each step
 
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end a completion."""
+        """Return the tokens that end a completion."""
         return end_token_ids(self.model, self.tokenizer)
 
     def group(self, prompt: EncodedPrompt, rows: Sequence[Row]) -> Group:
-        """Rows of a prompt as a group; those that did not come to an end count as cut off."""
+        """Convert rows of a prompt to a group; unfinished rows count as cut off."""
         ends = set(self.ends())
         texts, reasons = [], []
         for row in rows:
@@ -90,12 +90,12 @@ class Decoder:
 
 
 class Rows:
-    """Completions of some prompts while they are drawn; rows stand prompt by prompt.
+    """Completions of some prompts while they are drawn; rows are ordered by prompt.
 
     Args:
-        decoder: what draws.
-        prompts: each is read once, and its cache shared by its rows or expanded to them.
-        ks: `ks[i]` are the numbers of the i-th prompt's completions to draw, a row each.
+        decoder: the model and the settings.
+        prompts: each is read once; its rows share its cache or get copies of it.
+        ks: `ks[i]` are the numbers of the i-th prompt's completions to draw, one row each.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class Rows:
     def _prefill(self) -> None:
         model, tokenizer = self.decoder.model, self.decoder.tokenizer
         self._cache = block_growing_cache(model.config)
-        # The states of linear attention cannot be expanded or dropped row by row; for models with
-        # such layers the prompt is read once a row and finished rows stay.
+        # The states of linear attention cannot be copied or dropped by row; with such layers the
+        # prompt is read for each row, and finished rows stay in the batch.
         self._by_row = all(
             hasattr(layer, "batch_repeat_interleave") for layer in self._cache.layers
         )
@@ -146,7 +146,7 @@ class Rows:
         self._logits, self._mask, self._position = logits, mask, mask.sum(dim=-1)
 
     def _expanded(self, mask: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
-        """The mask (lines, columns) for these prompts' lines, whose cache is expanded or shared."""
+        """Copy or share the prompts' cache for these lines; returns their mask (lines, columns)."""
         lengths = [len(prompt.token_ids) for prompt in self.prompts]
         if shares_prompts(self.decoder.model, self._cache, lengths, self._counts):
             self._shared = SharedPrompts.of(self._cache, mask, lines)
@@ -156,7 +156,7 @@ class Rows:
         return mask[lines]
 
     def _forward(self, ids: torch.Tensor, position: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        """The logits behind each line, (lines, vocabulary); the cache takes what was read."""
+        """Compute each line's next-token logits, (lines, vocabulary), and add to the cache."""
         model = self.decoder.model
         inputs |= {"input_ids": ids, "use_cache": True}
         inputs[cache_parameter(model) or "past_key_values"] = self._cache
@@ -164,7 +164,7 @@ class Rows:
             inputs["position_ids"] = position
         return last_logits(model, 1, **inputs)[:, -1]
 
-    # --- what there is ----------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------
 
     @property
     def n(self) -> int:
@@ -172,7 +172,7 @@ class Rows:
         return len(self._prompt_of)
 
     def prefilled_of(self) -> list[int]:
-        """The prompt tokens that were read for each prompt: once, or once a row."""
+        """Return the prompt tokens that were read for each prompt: once, or once for each row."""
         rows = [1] * len(self.prompts) if self._by_row else self._counts
         return [
             len(prompt.token_ids) * count for prompt, count in zip(self.prompts, rows, strict=True)
@@ -180,45 +180,45 @@ class Rows:
 
     @property
     def prefilled(self) -> int:
-        """The prompt tokens that were read."""
+        """The number of prompt tokens that were read."""
         return sum(self.prefilled_of())
 
     @property
     def finished(self) -> list[bool]:
-        """Whether each row has come to its end: an end token, a stop string, or full length."""
+        """Whether each row has ended: at an end token, a stop string or the full length."""
         return list(self._finished.tolist())
 
     def lengths(self) -> list[int]:
-        """How many tokens each row has."""
+        """Return the number of tokens of each row."""
         return list((self._tokens >= 0).sum(dim=-1).tolist())
 
     def cache_tokens(self) -> int:
-        """Key-value entries that are in use now: cache lines × columns.
+        """Return the key-value entries that are in use now: cache lines × columns.
 
-        Where lines share their prompt it is less. A few columns more are set aside for each line
+        Lines that share their prompt use fewer. Each line also has a few spare columns
         (`bonbon.models.growing_cache`).
         """
         return len(self._row_of) * self._mask.shape[1] if len(self._row_of) else 0
 
     def rows(self) -> list[list[Row]]:
-        """The rows as they are now, prompt by prompt."""
-        found: list[list[Row]] = [[] for _ in self.prompts]
+        """Return the rows as they are now, by prompt."""
+        by_prompt: list[list[Row]] = [[] for _ in self.prompts]
         drawn = zip(self._prompt_of, self._tokens.tolist(), self._logprobs.tolist(), strict=True)
         for prompt, tokens, logprob in drawn:
             ids = tuple(token for token in tokens if token >= 0)
-            found[prompt].append(Row(ids, logprob))
-        return found
+            by_prompt[prompt].append(Row(ids, logprob))
+        return by_prompt
 
     def group(self) -> Group:
-        """All rows of the only prompt as they are now; unfinished ones count as cut off."""
+        """Return all rows of the only prompt as a group; unfinished ones count as cut off."""
         (prompt,), (rows,) = self.prompts, self.rows()
         return self.decoder.group(prompt, rows)
 
-    # --- what can be done -------------------------------------------------------------------------
+    # --- drawing, dropping and branching ----------------------------------------------------------
 
     @torch.inference_mode()
     def draw(self, tokens: int) -> int:
-        """Draw up to `tokens` further tokens in every unfinished row; how many were drawn."""
+        """Draw up to `tokens` further tokens in every unfinished row; returns how many in all."""
         before = self.generated
         last = min(self._step + tokens, self.decoder.config.max_new_tokens)
         with fast_linear(self.decoder.model):
@@ -255,7 +255,7 @@ class Rows:
         self._position = self._position + 1
 
     def _finish(self, going: torch.Tensor, token: torch.Tensor) -> None:
-        """Note which rows have ended; free the lines of ended ones once that is worth a copy."""
+        """Mark the rows that have ended, and free their lines once enough of them have."""
         rows = self._row_of
         if self._step == self.decoder.config.max_new_tokens:
             self._finished[rows] = True
@@ -270,7 +270,7 @@ class Rows:
             self._keep_lines(alive.nonzero().squeeze(-1))
 
     def _finish_at_stop(self, rows: Sequence[int]) -> None:
-        tail = _CONTEXT + 4 * max(len(string) for string in self.decoder.stop)
+        tail = CONTEXT_TOKENS + 4 * max(len(string) for string in self.decoder.stop)
         for row in rows:
             ids = self._tokens[row, : self._step].tolist()
             before = [*self.prompts[self._prompt_of[row]].token_ids, *ids[:-tail]]
@@ -279,7 +279,7 @@ class Rows:
                 self._finished[row] = True
 
     def _keep_lines(self, lines: torch.Tensor) -> None:
-        """Go on with these cache lines, some perhaps more than once."""
+        """Keep these cache lines, some perhaps several times."""
         self._row_of = self._row_of[lines]
         if not len(lines):
             self._cache = DynamicCache(config=self.decoder.model.config)  # frees the old one
@@ -295,17 +295,17 @@ class Rows:
 
     @torch.inference_mode()
     def free_finished(self) -> None:
-        """Free the cache lines that finished rows still hold until an eighth of them can go."""
+        """Free the cache lines of finished rows now, not only once an eighth can go."""
         alive = ~self._finished[self._row_of]
         if self._by_row and not bool(alive.all()):
             self._keep_lines(alive.nonzero().squeeze(-1))
 
     @torch.inference_mode()
     def select(self, rows: Sequence[int]) -> None:
-        """Row i becomes the old row `rows[i]`; rows that are not named are dropped.
+        """Replace row i by the old row `rows[i]`; rows that are not in `rows` are dropped.
 
-        A row named again is branched: the copy goes on with a random stream of its own. Dropped
-        and finished rows hold no cache. Raises BonbonError for models whose state is not kept row
+        A row that is in `rows` again is branched: the copy gets a random stream of its own. Dropped
+        and finished rows hold no cache. Raises BonbonError for models whose state is not separate
         by row (linear attention).
         """
         if not self._by_row:

@@ -1,4 +1,4 @@
-"""The contract of a tilt, and helpers that its kinds share."""
+"""The interface of a tilt, and helpers that the tilts share."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ class Tilt(Protocol):
     def __hash__(self) -> int: ...
 
     def win_rate(self) -> float:
-        """Probability that the tilted policy beats the base model, a tie counting half: E_f[u]."""
+        """Return P(the tilted policy beats the base model), where a tie counts ½: E_f[u]."""
         ...
 
     def kl(self) -> float:
-        """KL(tilted ‖ base) in nats: E_f[ln f(u)]."""
+        """Return KL(tilted ‖ base) in nats: E_f[ln f(u)]."""
         ...
 
     def log_density(self, u: ArrayLike) -> Floats:
-        """ln f(u), elementwise; −inf where the density is 0."""
+        """Return ln f(u), elementwise; −inf where the density is 0."""
         ...
 
     def cdf(self, u: ArrayLike) -> Floats:
-        """∫_0^u f, elementwise."""
+        """Return ∫_0^u f, elementwise."""
         ...
 
     def quantile(self, p: ArrayLike) -> Floats:
-        """The inverse of `cdf`, elementwise: a uniform p gives a draw from the tilt."""
+        """Return the inverse of `cdf`, elementwise: a uniform p gives a draw from the tilt."""
         ...
 
     def rank_log_ratio(self, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
@@ -50,6 +50,7 @@ class Tilt(Protocol):
 
 
 def in_unit_interval(u: ArrayLike, name: str) -> Floats:
+    """Convert to float64. Raises ValueError, with this name, for a value outside [0, 1]."""
     array = np.asarray(u, dtype=np.float64)
     if not np.all((array >= 0) & (array <= 1)):
         raise ValueError(f"{name} must lie in [0, 1]")
@@ -65,7 +66,7 @@ def _ranks(i: ArrayLike, j: ArrayLike, m: int) -> tuple[Ranks, Ranks]:
 
 
 class ByRank:
-    """What every tilt has from its `rank_log_density`."""
+    """The methods of a tilt that follow from its `rank_log_density`."""
 
     def rank_log_ratio(self: Tilt, i: ArrayLike, j: ArrayLike, m: int) -> Floats:
         low, high = _ranks(i, j, m)

@@ -52,7 +52,7 @@ class BestOfN(ByRank):
 
 @dataclass(frozen=True)
 class WorstOfN(ByRank):
-    """The worst of n draws: f(u) = n (1−u)^(n−1), best-of-n seen from the other end."""
+    """The worst of n draws: f(u) = n (1−u)^(n−1), the mirror image of best-of-n."""
 
     n: float
 

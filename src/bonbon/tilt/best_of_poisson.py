@@ -48,7 +48,7 @@ class BestOfPoisson(ByRank):
         return np.asarray(u * np.exp(self.mu * (u - 1)))
 
     def quantile(self, p: ArrayLike) -> Floats:
-        """W(μ p e^μ)/μ with Lambert's W, of which only the logarithm of its argument is taken."""
+        """W(μ p e^μ)/μ with Lambert's W, computed from the logarithm of its argument."""
         from scipy.special import wrightomega  # the solution w of w + ln w = z
 
         p = in_unit_interval(p, "p")
@@ -84,7 +84,7 @@ def _best_of_poisson_kl(mu: float) -> float:
         partial = np.cumsum([math.factorial(i) for i in range(16)])
         terms = ((-mu) ** k * (partial[k] / math.factorial(k + 1) - 1 / k) for k in range(2, 16))
         return float(sum(terms))
-    # In s = μ(1−u); beyond s = 50 the integrand is nothing in float64.
+    # In s = μ(1−u); beyond s = 50 the integrand is 0 to float64 precision.
     end = min(mu, 50.0)
     s, weights = _panels(end, math.ceil(end))
     rest = float(weights @ (np.exp(-s) / (1 + (mu - s)))) / mu
@@ -96,7 +96,7 @@ def _log_binomial(m: int, k: int) -> float:
 
 
 def _panels(length: float, count: int) -> tuple[Floats, Floats]:
-    """Gauss–Legendre points and weights on `count` equal panels of [0, length]."""
+    """Return Gauss–Legendre points and weights on `count` equal panels of [0, length]."""
     nodes, weights = np.polynomial.legendre.leggauss(32)
     width = length / count
     points = width * (np.arange(count)[:, None] + (nodes + 1) / 2)

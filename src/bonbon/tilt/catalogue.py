@@ -8,7 +8,7 @@ from bonbon.tilt.base import Tilt
 from bonbon.tilt.best_of_n import BestOfN, WorstOfN
 from bonbon.tilt.exponential import ExponentialTilt
 
-# What a configuration selects from: the tilt that goes with best-of-n.
+# Each maps n to the tilt that has that name in a configuration.
 TILTS: dict[str, Callable[[float], Tilt]] = {
     "best_of_n": BestOfN,
     "optimal": lambda n: ExponentialTilt.with_win_rate(BestOfN(n).win_rate()),

@@ -23,7 +23,7 @@ def _checked_pmf(p: ArrayLike, r: ArrayLike) -> tuple[Floats, Floats]:
 
 
 def _levels(p: Floats, r: Floats) -> tuple[NDArray[np.intp], Floats, Floats, Floats]:
-    """Each outcome's reward level, and each level's probability and CDF just below and at it."""
+    """Return each outcome's reward level, and each level's probability, CDF below and CDF at it."""
     _, level = np.unique(r, return_inverse=True)
     mass: Floats = np.bincount(level, weights=p).astype(np.float64)
     upper: Floats = np.clip(np.cumsum(mass), 0, 1)
@@ -33,10 +33,10 @@ def _levels(p: Floats, r: Floats) -> tuple[NDArray[np.intp], Floats, Floats, Flo
 
 
 def tilted_pmf(p: ArrayLike, r: ArrayLike, tilt: Tilt) -> Floats:
-    """The tilted distribution over finitely many outcomes, exactly.
+    """Compute the exact tilted distribution over finitely many outcomes.
 
-    A reward level that the base model reaches with CDF F (F⁻ just below) gets the tilt's mass on
-    (F⁻, F]; outcomes that tie share it in proportion to `p`.
+    A reward level at which the base model's CDF rises from F⁻ to F gets the tilt's mass on (F⁻, F];
+    outcomes that tie share it in proportion to `p`.
 
     Args:
         p: base probabilities, shape (outcomes,).
@@ -50,7 +50,9 @@ def tilted_pmf(p: ArrayLike, r: ArrayLike, tilt: Tilt) -> Floats:
 
 
 def best_of_n_pmf(p: ArrayLike, r: ArrayLike, n: float) -> Floats:
-    """The law of the best of n draws: π(y) = p(y)/p(level) · (F^n − F⁻^n), ties shared by `p`.
+    """Compute the distribution of the best of n draws: π(y) = p(y)/p(level) · (F^n − F⁻^n).
+
+    Outcomes that tie share their level's mass in proportion to `p`.
 
     Beirami et al. 2024, Lemma 1, extended to ties. For `p` and `r` see `tilted_pmf`.
     """
@@ -58,7 +60,7 @@ def best_of_n_pmf(p: ArrayLike, r: ArrayLike, n: float) -> Floats:
 
 
 def win_rate_pmf(q: ArrayLike, p: ArrayLike, r: ArrayLike) -> float:
-    """P(reward of a draw from q > reward of a draw from p), a tie counting half."""
+    """Compute P(reward of a draw from q > reward of a draw from p); a tie counts ½."""
     challenger, rewards = _checked_pmf(q, r)
     base, _ = _checked_pmf(p, r)
     level, _, lower, upper = _levels(base, rewards)
@@ -66,7 +68,7 @@ def win_rate_pmf(q: ArrayLike, p: ArrayLike, r: ArrayLike) -> float:
 
 
 def kl_pmf(q: ArrayLike, p: ArrayLike) -> float:
-    """KL(q ‖ p) in nats; infinite where q has mass that p has not."""
+    """Compute KL(q ‖ p) in nats; infinite where q has mass and p has none."""
     challenger, base = np.asarray(q, dtype=np.float64), np.asarray(p, dtype=np.float64)
     some = challenger > 0
     if np.any(base[some] <= 0):
@@ -75,17 +77,17 @@ def kl_pmf(q: ArrayLike, p: ArrayLike) -> float:
 
 
 def best_of_n_bounds(n: float) -> tuple[float, float]:
-    """Upper bounds on best-of-n's win rate and KL for any rewards: (n/(n+1), ln n − (n−1)/n).
+    """Return upper bounds on best-of-n's win rate and KL: (n/(n+1), ln n − (n−1)/n nats).
 
-    Both are reached for continuous rewards; ties and repeated outcomes only lower them
-    (Beirami et al. 2024, Theorem 1).
+    They hold for any rewards and are exact for continuous ones; ties and repeated outcomes lower
+    win rate and KL (Beirami et al. 2024, Theorem 1).
     """
     tilt = BestOfN(n)
     return tilt.win_rate(), tilt.kl()
 
 
 def best_of_n_kl_estimate(logprobs: ArrayLike, n: float) -> Floats:
-    """Beirami et al.'s estimate of best-of-n's KL, one value per returned completion (nats).
+    """Compute Beirami et al.'s estimate of best-of-n's KL, a value for each completion (nats).
 
     With ε the base probability of the returned completion,
     (1−ε)^n (ln n + (n−1) ln(1−ε) − (n−1)/n) + (1−(1−ε)^n) ln((1−(1−ε)^n)/ε); average it over

@@ -1,4 +1,4 @@
-"""The exponential tilt f(u) ∝ exp(βu): the most win rate for its KL."""
+"""The exponential tilt f(u) ∝ exp(βu): the largest win rate for its KL."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ExponentialTilt(ByRank):
 
     @classmethod
     def with_win_rate(cls, win_rate: float) -> ExponentialTilt:
-        """The tilt of that win rate at the least KL. Raises ValueError outside (0, 1)."""
+        """Return the tilt with that win rate and the least KL. Raises ValueError outside (0, 1)."""
         if not 0 < win_rate < 1:
             raise ValueError(f"win_rate must lie in (0, 1), got {win_rate}")
         beta = _beta_of_win_rate(max(win_rate, 1 - win_rate))
@@ -100,9 +100,9 @@ def _exponential_kl(beta: float) -> float:
 
 
 def solve_increasing(f: Callable[[float], float], value: float, low: float, high: float) -> float:
-    """The root of an increasing function, by bisection to float64 precision.
+    """Solve f(x) = value for an increasing function, by bisection to float64 precision.
 
-    Our own loop, because importing scipy.optimize alone would spend a third of the half second that
+    It is a loop of our own because importing scipy.optimize takes a third of the half second that
     `bonbon frontier` may take.
     """
     for _ in range(200):
@@ -134,7 +134,7 @@ def _optimal_kl(win_rate: float) -> float:
 
 
 def _beta_of_win_rate(win_rate: float) -> float:
-    """The β ≥ 0 of a win rate in [½, 1)."""
+    """Return the β ≥ 0 of a win rate in [½, 1)."""
     if win_rate == 0.5:
         return 0.0
     # 1 − win tends to 1/β and never exceeds it, so the solution lies below 1/(1 − win).
@@ -142,7 +142,7 @@ def _beta_of_win_rate(win_rate: float) -> float:
 
 
 def optimal_win_rate(kl: ArrayLike) -> Floats:
-    """The largest win rate any rank-based policy reaches at `kl` nats (elementwise).
+    """Return the largest win rate of any rank-based policy at `kl` nats, elementwise.
 
     Raises ValueError for a negative or non-finite KL.
     """
@@ -153,9 +153,9 @@ def optimal_win_rate(kl: ArrayLike) -> Floats:
 
 
 def optimal_kl(win_rate: ArrayLike) -> Floats:
-    """The least KL in nats with which any rank-based policy reaches `win_rate` (elementwise).
+    """Return the least KL (nats) of any rank-based policy with that win rate, elementwise.
 
-    A win rate under one half costs what its mirror image costs; 0 and 1 cost infinity.
+    A win rate below ½ has the KL of its mirror image 1 − win rate; that of 0 and 1 is infinite.
     Raises ValueError outside [0, 1].
     """
     rates = in_unit_interval(win_rate, "win_rate")

@@ -1,4 +1,4 @@
-"""Weights and targets of the ranks in a group of m draws, for any tilt."""
+"""Weights and targets for the ranks in a group of m draws, for any tilt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bonbon.tilt.exponential import solve_increasing
 
 
 def best_of_n_rank_weights(m: int, n: int) -> Floats:
-    """P(the i-th smallest of m draws is the best of a random n-subset), i = 1..m.
+    """Return P(the i-th smallest of m draws is the best of a random n-subset), i = 1..m.
 
     C(i−1, n−1)/C(m, n). Raises ValueError unless 1 ≤ n ≤ m.
     """
@@ -24,13 +24,13 @@ def best_of_n_rank_weights(m: int, n: int) -> Floats:
 
 
 def rank_weights(tilt: Tilt, m: int) -> Floats:
-    """The weight that each rank of m base draws gets in an average over the tilt; they sum to m.
+    """Return the weight of each rank of m base draws in a mean over the tilt; they sum to m.
 
-    For best-of-n with a whole n ≤ m these are m·C(i−1, n−1)/C(m, n): what a random n-subset's best
-    is, on average over all subsets, so weighted means are unbiased for best-of-n (Rao-Blackwell);
-    worst-of-n mirrors them. Any other tilt has no such weights (given its quantile u a draw's
-    weight is a polynomial in u of degree m−1) and gets the tilt of the m draws themselves, its mass
-    on ((i−1)/m, i/m]: consistent as m grows.
+    For best-of-n with a whole n ≤ m these are m·C(i−1, n−1)/C(m, n), the probabilities that a draw
+    is the best of a random n-subset times m; so weighted means are unbiased for best-of-n
+    (Rao-Blackwell). Worst-of-n has the mirror image. Other tilts have no unbiased weights (given
+    its quantile u, a draw's mean weight is a polynomial in u of degree m−1). They get m times the
+    tilt's mass on ((i−1)/m, i/m], which is consistent as m grows.
     """
     n = getattr(tilt, "n", math.inf)
     if isinstance(tilt, BestOfN | WorstOfN) and n == int(n) and n <= m:
@@ -41,16 +41,16 @@ def rank_weights(tilt: Tilt, m: int) -> Floats:
 
 @lru_cache(maxsize=64)
 def rank_targets(tilt: Tilt, m: int) -> Floats:
-    """Log-density targets by rank, t_1..t_m (nats), whose regression has the tilt's win rate.
+    """Return log-density targets t_1..t_m (nats) whose regression has the tilt's win rate.
 
     A draw with quantile u has rank i among m with probability B_i(u) = C(m−1, i−1) u^(i−1)
-    (1−u)^(m−i), so whoever regresses its log-density ratio on targets t ends at Σ t_i B_i(u), a
-    Bernstein smoothing. No t of finite length undoes that smoothing for a ln u, so for few draws
-    the expected log-density E[ln f(U_(i))] falls short (at n = m = 2 it wins 0.582, not 0.667).
-    Here it is stretched, t_i = c·E[ln f(U_(i))] − ln Z, by the one c with which the regression wins
-    exactly as often as the tilt does; Z makes it a density. For best-of-n c is 2.15 at n = m = 2,
-    1.10 at 4, 1.0007 at 8; the KL is at most best-of-n's in all cases measured, as the smoothed
-    density is the flatter one. For the exponential tilt c = (m+1)/(m−1) and nothing is lost.
+    (1−u)^(m−i), so a regression of log-density ratios on targets t ends at Σ t_i B_i(u), a
+    Bernstein smoothing. No finite t undoes that smoothing for a ln u, so with few draws the
+    expected log-density E[ln f(U_(i))] has too low a win rate (at n = m = 2 it is 0.582, not
+    0.667). Therefore it is scaled: t_i = c·E[ln f(U_(i))] − ln Z, with the c for which the
+    regression's win rate equals the tilt's, and Z so that it is a density. For best-of-n c is 2.15
+    at n = m = 2, 1.10 at 4, 1.0007 at 8. The KL was at most best-of-n's in all cases measured, as
+    the smoothed density is flatter. For the exponential tilt c = (m+1)/(m−1), with no loss.
 
     For tilts monotone in u. Raises ValueError for m < 2, or for a tilt whose density is too sharp
     to be integrated (best-of-n from n of about 25,000 on).
