@@ -96,7 +96,6 @@ def test_the_model_is_an_ordinary_folder_with_a_card(folder: RunFolder) -> None:
     assert f"{win:.3f}" in card
     assert "were left out because all their rewards tied" in card
     assert (folder.model("adapter") / "adapter_model.safetensors").is_file()
-    assert (folder.evaluation / "win_rate_kl.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_the_evaluation_drew_is_counted_once(folder: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""Plots by matplotlib, without a display."""
+"""Plots for papers and the command line, in the report's colours."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bonbon.report.theme import DATA_COLOURS, mark
 from bonbon.system.atomic_files import atomic_path
 from bonbon.system.errors import BonbonError
 from bonbon.tilt.best_of_n import BestOfN
 from bonbon.tilt.exponential import optimal_win_rate
 
 if TYPE_CHECKING:
-    from bonbon.evaluation.results import ModelEvaluation
     from bonbon.planning.which_n import Plan
 
-# Okabe and Ito's colours, distinguishable with every common colour blindness.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "osD^vP"
 FORMATS = ("png", "svg", "pdf")
 
 
@@ -73,40 +70,19 @@ def plot_frontier(ns: Sequence[float], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_win_rate_against_kl(results: Mapping[str, ModelEvaluation], n: int, path: Path) -> None:
-    """Plot every measured model with its intervals, the frontier and best-of-n."""
-    # Models without a KL (another vocabulary) cannot be plotted.
-    models = {name: (r.win_rate, r.kl) for name, r in results.items() if r.kl and r.kl.value > 0}
-    max_kl = 1.08 * max([kl.high for _, kl in models.values()] + [BestOfN(n).kl()])
-    figure, axes = _frontier_axes(max_kl, sorted({2, 4, 8, 16, 32, 64, 128, n}))
-    for index, (name, (win, kl)) in enumerate(models.items()):
-        axes.errorbar(
-            [kl.value],
-            [win.value],
-            xerr=[[kl.value - kl.low], [kl.high - kl.value]],
-            yerr=[[win.value - win.low], [win.high - win.value]],
-            fmt=_MARKERS[index % len(_MARKERS)],
-            color=_COLOURS[index % len(_COLOURS)],
-            capsize=2,
-            label=f"{name} (measured)",
-        )
-    axes.plot([0], [0.5], "*", color="black", label="base model")
-    axes.legend(loc="lower right", fontsize=8)
-    _save(figure, path)
-
-
 def plot_curves(
     curves: Mapping[str, Sequence[tuple[float, float]]], n: int, path: Path, max_kl: float = 6.0
 ) -> None:
     """Plot methods as curves of (KL in nats, win rate), the frontier and best-of-n."""
     figure, axes = _frontier_axes(max_kl, sorted({2, 4, 8, 16, 32, 64, n}))
     for index, (name, points) in enumerate(curves.items()):
+        colour, marker = mark(index)
         axes.plot(
             [kl for kl, _ in points],
             [win for _, win in points],
-            marker=_MARKERS[index % len(_MARKERS)],
-            color=_COLOURS[index % len(_COLOURS)],
-            linestyle=("-", "--", ":")[index // len(_COLOURS) % 3],
+            marker=marker,
+            color=colour,
+            linestyle=("-", "--", ":")[index // len(DATA_COLOURS) % 3],
             linewidth=1.2,
             markersize=4,
             label=name,
@@ -126,7 +102,7 @@ def plot_plan(planned: Plan, path: Path) -> None:
 
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    colour = _COLOURS[1]
+    colour, _ = mark(0)
     tokens = [row.tokens for row in planned.rows]
     rates = [row.win_rate for row in planned.rows]
     measured = sum(not row.extrapolated for row in planned.rows)

@@ -10,8 +10,9 @@ import numpy as np
 
 from bonbon.evaluation.figures import Figure
 from bonbon.report.data import ReportedPolicy, Run, as_figure
-from bonbon.report.drawing import INK, MUTED, Chart, add_legend, finish, looks, new_axes
+from bonbon.report.drawing import INK, MUTED, Chart, finish, looks, new_axes
 from bonbon.report.numbers import number, shown
+from bonbon.report.point_labels import PointLabel, label_points
 from bonbon.report.tables import Table, best_of_k_table, table
 from bonbon.report.theme import PAPER, SvgStyles
 from bonbon.tilt.exponential import optimal_win_rate
@@ -23,12 +24,11 @@ def win_rate_kl(run: Run, styles: SvgStyles, plots: Path) -> Iterator[Chart]:
         return
     canvas, grid = new_axes(4.6)
     axes, limit = grid[0][0], _largest_kl(run, points)
-    handles = [*_frontier(axes, limit), *_best_of_k(axes, run)]
-    handles += _crosses(axes, run, points)
+    labels = [*_crosses(axes, run, points), *_frontier(axes, limit), *_best_of_k(axes, run)]
     axes.set_xlim(-0.03 * limit, limit)
     axes.set_xlabel("KL from the base model (nats)")
     _win_rate_axis(axes)
-    add_legend(canvas, *zip(*handles, strict=True))
+    label_points(axes, labels)
     summary = "; ".join(f"{p.name} {w.value:.0%} at {x.value:.2f} nats" for p, x, w in points)
     title = f"Win rate against KL, below the frontier that no rank-based policy passes: {summary}."
     tables = (_points_table("Win rate against KL", points), best_of_k_table(run))
@@ -49,17 +49,22 @@ def _largest_kl(run: Run, points: Sequence[Point]) -> float:
     return 1.15 * max([x.high for _, x, _ in points] + measured + [0.1])
 
 
-def _frontier(axes: Any, limit: float) -> Iterator[tuple[Any, str]]:
+def _frontier(axes: Any, limit: float) -> Iterator[PointLabel]:
     kls = limit * np.linspace(0, 1, 100) ** 2  # the frontier rises as √KL
     most = optimal_win_rate(kls)
-    (line,) = axes.plot(kls, most, color=INK, linewidth=1.1)
+    axes.plot(kls, most, color=INK, linewidth=1.1)
     axes.fill_between(kls, most, 1.0, color=INK, alpha=0.07, linewidth=0)
-    (base,) = axes.plot([0], [0.5], "*", color=INK, markersize=9, clip_on=False, linestyle="none")
-    yield line, "the most at any KL"
-    yield base, "base model"
+    yield _base(axes)
+    at = 0.45 * limit
+    yield PointLabel(at, float(optimal_win_rate(at)), "the most at any KL", INK)
 
 
-def _best_of_k(axes: Any, run: Run) -> Iterator[tuple[Any, str]]:
+def _base(axes: Any) -> PointLabel:
+    axes.plot([0], [0.5], "*", color=INK, markersize=9, clip_on=False, linestyle="none")
+    return PointLabel(0, 0.5, "base model", INK)
+
+
+def _best_of_k(axes: Any, run: Run) -> Iterator[PointLabel]:
     """Draw best-of-k by the reward trained on and by the first further one, a line each."""
     if not run.best_of_k:
         return
@@ -69,9 +74,7 @@ def _best_of_k(axes: Any, run: Run) -> Iterator[tuple[Any, str]]:
         yield from _best_of_k_line(axes, run, name, f"best-of-k by {name}")
 
 
-def _best_of_k_line(
-    axes: Any, run: Run, reward: str | None, label: str
-) -> Iterator[tuple[Any, str]]:
+def _best_of_k_line(axes: Any, run: Run, reward: str | None, label: str) -> Iterator[PointLabel]:
     def win(point: Any) -> Figure | None:
         return as_figure(
             point["win_rate"] if reward is None else (point.get("win_rate_by") or {}).get(reward)
@@ -92,14 +95,17 @@ def _best_of_k_line(
             alpha=0.18,
             linewidth=0,
         )
-        (line,) = axes.plot(kls, [w.value for w in wins], linestyle=dashes, **look)
-        yield line, f"{label}, measured"
+        axes.plot(kls, [w.value for w in wins], linestyle=dashes, **look)
+        at = len(kls) // 2
+        yield PointLabel(kls[at], wins[at].value, label, MUTED)
         if reward is None:
             _number_points(axes, known)
     if len(beyond) > len(known[-1:]):
         hollow = {**look, "markerfacecolor": PAPER["paper"], "linestyle": (0, (4, 3))}
-        (line,) = axes.plot([kl for kl, _, _ in beyond], [w.value for _, w, _ in beyond], **hollow)
-        yield line, f"{label}, extrapolated"
+        axes.plot([kl for kl, _, _ in beyond], [w.value for _, w, _ in beyond], **hollow)
+        if reward is None:
+            kl, win_rate, _ = beyond[len(beyond) // 2]
+            yield PointLabel(kl, win_rate.value, f"{label}, extrapolated", MUTED)
 
 
 def _number_points(axes: Any, known: Sequence[tuple[float, Figure, int]]) -> None:
@@ -111,7 +117,7 @@ def _number_points(axes: Any, known: Sequence[tuple[float, Figure, int]]) -> Non
             )  # fmt: skip
 
 
-def _crosses(axes: Any, run: Run, points: Sequence[Point]) -> Iterator[tuple[Any, str]]:
+def _crosses(axes: Any, run: Run, points: Sequence[Point]) -> Iterator[PointLabel]:
     """Draw each policy as a cross of its intervals; policies of several draws are hollow."""
     by_name = looks(run)
     for policy, x, win in points:
@@ -120,7 +126,8 @@ def _crosses(axes: Any, run: Run, points: Sequence[Point]) -> Iterator[tuple[Any
             colour, marker = by_name[policy.name]
             look = {"color": colour, "fmt": marker}
         bars = {"xerr": _spread(x), "yerr": _spread(win), "linewidth": 1.3, "capsize": 2.5}
-        yield axes.errorbar([x.value], [win.value], markersize=6, **look, **bars), policy.name
+        axes.errorbar([x.value], [win.value], markersize=6, **look, **bars)
+        yield PointLabel(x.value, win.value, policy.name, look["color"])
 
 
 def _spread(figure: Figure) -> list[list[float]]:
@@ -153,11 +160,10 @@ def win_rate_length(run: Run, styles: SvgStyles, plots: Path) -> Iterator[Chart]
     canvas, grid = new_axes(3.8)
     axes = grid[0][0]
     axes.axvline(0, color=MUTED, linewidth=0.8)
-    (base,) = axes.plot([0], [0.5], "*", color=INK, markersize=9, linestyle="none")
-    handles = [(base, "base model"), *_crosses(axes, run, points)]
+    labels = [*_crosses(axes, run, points), _base(axes)]
     axes.set_xlabel("length change against the base model (tokens)")
     _win_rate_axis(axes)
-    add_legend(canvas, *zip(*handles, strict=True))
+    label_points(axes, labels)
     summary = "; ".join(f"{p.name} {number(x.value, 1, True)} tokens" for p, x, _ in points)
     caption = "Win rate against length change"
     tables = (_points_table(caption, points, "tokens"),)

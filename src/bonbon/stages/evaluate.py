@@ -238,14 +238,12 @@ def _judged(
 
 
 def write_evaluation(folder: RunFolder, evaluation: Evaluation, about: Mapping[str, Any]) -> None:
-    """Write `evaluation/evaluation.json` and its plot.
+    """Write `evaluation/evaluation.json`.
 
     `about` has the values specific to a run or a comparison: `main`, the main model of a run, how
     many prompts were trained on, a comparison's policies as the user wrote them. `config.yaml` is
     written again: rewards and metrics may have been added since the draws.
     """
-    from bonbon.report.paper_plots import plot_win_rate_against_kl
-
     config = folder.config
     metrics = {
         name: {"label": metric.label, "unit": metric.unit}
@@ -267,7 +265,6 @@ def write_evaluation(folder: RunFolder, evaluation: Evaluation, about: Mapping[s
         },
     )
     folder.write_config()
-    plot_win_rate_against_kl(evaluation.models, evaluation.n, folder.evaluation / "win_rate_kl.png")
 
 
 def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
@@ -307,7 +304,7 @@ def _models_of(name: str, parts: Sequence[RunFolder]) -> list[Path]:
 def evaluate(folder: RunFolder) -> Evaluation:
     """Sample, score and measure the base model and every trained one on the held-out prompts.
 
-    Writes `evaluation/evaluation.json`, the plot beside it, and each trained model's card.
+    Writes `evaluation/evaluation.json` and each trained model's card.
     """
     config = folder.config
     check_config(config)
