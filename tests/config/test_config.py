@@ -106,6 +106,7 @@ def test_every_objective_and_tilt_can_be_named() -> None:
 def test_a_cut_distribution_is_for_what_does_not_compare_with_it() -> None:
     from bonbon.objectives.catalogue import OBJECTIVES
 
+    assert {objective.compares for objective in OBJECTIVES.values()} == {True, False}
     for name, objective in OBJECTIVES.items():
         if objective.compares:
             said = complaint("sampling.top_k=5", f"train.objective={name}")

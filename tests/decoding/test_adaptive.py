@@ -229,6 +229,7 @@ def test_at_price_0_it_is_best_of_n(tiny_model: Path) -> None:
             sampling=sampling,
         )
         theirs = bonbon.generate(prompts, str(tiny_model), uneven, BestOfN(), sampling=sampling)
+        assert len(ours) == len(prompts)
         for a, b in zip(ours, theirs, strict=True):
             assert a.group.completions == b.group.completions[: a.group.n]
             if whole:

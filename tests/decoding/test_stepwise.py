@@ -335,7 +335,9 @@ def test_a_reward_known_from_the_start_loses_nothing(
 def test_rejected_rows_are_kept_as_they_were_and_never_chosen() -> None:
     strategy = SpeculativeRejection(alpha=0.5, checkpoint_tokens=1)
     source = LetterSource(n=8)
-    for found in strategy.generate(prompts_of(50), source, letter_reward):
+    generations = strategy.generate(prompts_of(50), source, letter_reward)
+    assert len(generations) == 50
+    for found in generations:
         group = found.group
         assert group.n == 8
         assert found.cost.generated == sum(group.lengths())
@@ -395,7 +397,9 @@ def test_no_completion_is_scored_twice_at_the_same_length() -> None:
         TreeBoN(layers=LONGEST, branch=2),
         SMC(checkpoint_tokens=1, ess_threshold=1.0, tau=0.1),
     ):
-        for found in strategy.generate(prompts_of(20), LetterSource(n=6), letter_reward):
+        generations = strategy.generate(prompts_of(20), LetterSource(n=6), letter_reward)
+        assert len(generations) == 20
+        for found in generations:
             assert found.cost.reward_calls == found.cost.generated > 6
 
 
@@ -465,7 +469,9 @@ def test_the_answer_s_law_tends_to_the_tilt() -> None:
 
 def test_weights_sum_to_one_and_the_group_holds_the_particles() -> None:
     strategy = SMC(tau=0.2, checkpoint_tokens=1, ess_threshold=1.0)
-    for found in strategy.generate(prompts_of(20), LetterSource(n=6), letter_reward):
+    generations = strategy.generate(prompts_of(20), LetterSource(n=6), letter_reward)
+    assert len(generations) == 20
+    for found in generations:
         assert found.group.n == 6
         assert sum(found.group.metrics["weight"]) == pytest.approx(1)
         assert found.group.metrics["weight"][found.chosen] > 0
@@ -631,6 +637,7 @@ def test_what_drops_nothing_is_best_of_n(model: Any, strategy: Strategy) -> None
     source = source_of(model, n=7, max_new_tokens=9)
     found = strategy.generate(real_prompts(), source, length_and_letters)
     best = BestOfN().generate(real_prompts(), source, length_and_letters)
+    assert len(found) == len(real_prompts())
     for ours, theirs in zip(found, best, strict=True):
         assert_same_draws(ours, theirs)
 
@@ -644,6 +651,7 @@ def test_smc_without_resampling_is_soft_best_of_n(model: Any, strategy: Strategy
     source = source_of(model, n=7, max_new_tokens=9)
     found = strategy.generate(real_prompts(), source, length_and_letters)
     soft = SoftBestOfN(tau=0.7).generate(real_prompts(), source, length_and_letters)
+    assert len(found) == len(real_prompts())
     for ours, theirs in zip(found, soft, strict=True):
         assert_same_draws(ours, theirs)
         weights = SoftBestOfN(tau=0.7).weights(theirs.group, source)
@@ -773,6 +781,7 @@ def test_token_log_ratios_are_those_of_plain_forward_passes(
     group = rows.group()
     other = load_policy(str(tuned))[0].double()
     found = token_log_ratios(str(tuned), source)(group)
+    assert len(group.token_ids) == 8
     for ids, ratios in zip(group.token_ids, found, strict=True):
         ours, theirs = (
             plain_log_probs(m, PROMPT.token_ids, ids, temperature) for m in (other, model)
@@ -786,7 +795,9 @@ def test_treebon_with_an_implicit_reward(model: Any, tuned: Path) -> None:
     strategy = TreeBoN.model_validate({"layers": 4, "branch": 3, "partial": partial})
     source = source_of(model, n=9, max_new_tokens=9)
     log_ratios = token_log_ratios(str(tuned), source)
-    for found in strategy.generate(real_prompts(), source, length_and_letters):
+    generations = strategy.generate(real_prompts(), source, length_and_letters)
+    assert len(generations) == len(real_prompts())
+    for found in generations:
         group = found.group
         whole = [why != "rejected" for why in group.finish_reasons]
         assert not all(whole)
@@ -830,6 +841,7 @@ def test_smc_s_implicit_twist_is_the_ratio_of_the_policies(model: Any, tuned: Pa
     log_twists = strategy.score(source, length_and_letters)(group, whole) / 0.3
     rewards = length_and_letters((), group.completions)
     other = load_policy(str(tuned))[0].double()
+    assert len(group.token_ids) == 4
     for row, ids in enumerate(group.token_ids):
         ours, theirs = (plain_log_probs(m, PROMPT.token_ids, ids, 1.0) for m in (other, model))
         expected = rewards[row] / 0.3 if whole[row] else (ours - theirs).sum()

@@ -25,7 +25,9 @@ def test_the_configuration_is_one() -> None:
 
 
 def test_the_imports_exist() -> None:
-    for names in re.findall(r"^from bonbon import (.+)$", README, flags=re.MULTILINE):
+    imports = re.findall(r"^from bonbon import (.+)$", README, flags=re.MULTILINE)
+    assert imports
+    for names in imports:
         for name in names.split(", "):
             assert getattr(bonbon, name) is not None
 

@@ -211,6 +211,7 @@ class TestStories260K:
         model = loaded(stories260k)
         one = varied(sampler, n=2, max_new_tokens=200, top_k=1)
         prompts = one.encode(ROWS)
+        assert len(prompts) == len(ROWS)
         for prompt, group in zip(prompts, one.sample(prompts), strict=True):
             assert group.token_ids == (greedy(model, prompt, 200, [1]),) * 2
             assert group.logprobs == (0.0, 0.0)  # of the cut distribution
@@ -285,6 +286,7 @@ class TestStoryModel:
     def test_greedy_draws_are_those_of_transformers(self, sampler: VllmSampler, model: Any) -> None:
         one = varied(sampler, n=2, top_k=1)
         prompts = one.encode(ROWS)
+        assert len(prompts) == len(ROWS)
         for prompt, group in zip(prompts, one.sample(prompts), strict=True):
             assert group.token_ids == (greedy(model, prompt, 60, [1, NEWLINE]),) * 2
 
@@ -409,6 +411,7 @@ class TestAdapter:
         prompts = sampler.encode(ROWS)
         without = [greedy(base, prompt, 60, [1]) for prompt in prompts]
         model = PeftModel.from_pretrained(base, adapter)
+        assert len(prompts) == len(ROWS)
         for prompt, group, other in zip(prompts, sampler.sample(prompts), without, strict=True):
             assert group.token_ids == (greedy(model, prompt, 60, [1]),) * 2
             assert group.token_ids[0] != other

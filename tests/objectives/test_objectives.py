@@ -391,6 +391,7 @@ def test_the_order_within_a_group_does_not_matter(
 @quick
 @given(batches(), tilts)
 def test_groups_do_not_see_each_other(batch: GroupLogps, tilt: Tilt) -> None:
+    assert len(batch.rewards) > 0
     for loss in RANK_LOSSES.values():
         alone = [
             loss(GroupLogps(*(column[[g]] for column in batch.ranks())), tilt)
@@ -728,6 +729,7 @@ def test_group_metrics_of_pairs(values: list[tuple[float, ...]]) -> None:
 @given(batches())
 def test_group_metrics(batch: GroupLogps) -> None:
     got = group_metrics(batch)
+    assert len(batch.rewards) > 0
     for g, (logps, refs, rewards) in enumerate(
         zip(*(column.numpy() for column in batch.ranks()), strict=True)
     ):

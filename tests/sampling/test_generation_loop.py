@@ -157,6 +157,7 @@ def test_several_prompts_with_rows_of_their_own_number(model: LlamaForCausalLM) 
         sampler.draw([prompt], [ks])[0]
         for prompt, ks in zip(prompts, [range(2), range(5), range(1, 2)], strict=True)
     ]
+    assert len(together) == len(prompts)
     for found, single in zip(together, alone, strict=True):
         assert found.group.token_ids == single.group.token_ids
         assert found.cost.generated == sum(found.group.lengths())
@@ -294,6 +295,7 @@ def test_models_whose_attention_is_something_else_draw_as_before(
     sampler = TransformersSampler(model, byte_tokenizer(), SamplingConfig(max_new_tokens=6))
     found = drawn(sampler, prompts, ks)
     without_sharing(monkeypatch)
+    assert len(found) == len(prompts)
     for group, expected in zip(found, drawn(sampler, prompts, ks), strict=True):
         assert group.token_ids == expected.token_ids
 
@@ -449,6 +451,7 @@ def test_an_embedding_is_the_mean_of_the_completion_s_hidden_states(
     source = source_of(model, n=5, max_new_tokens=7)
     (found,) = source.draw([PROMPT], [range(5)])
     embedded = source.embed(found.group)
+    assert len(found.group.token_ids) == 5
     for k, ids in enumerate(found.group.token_ids):
         with torch.inference_mode():
             out = model(torch.tensor([[*PROMPT.token_ids, *ids]]), output_hidden_states=True)

@@ -102,6 +102,7 @@ def test_frequencies_match_exact_probabilities() -> None:
 def test_logprobs_are_those_of_the_settings(settings: dict[str, Any]) -> None:
     model = small_vocabulary_model()
     groups = sampler_of(model, n=16, max_new_tokens=12, **settings).sample(prompts_of(2, 9, 5))
+    assert [len(group.token_ids) for group in groups] == [16] * 3
     for group in groups:
         for k, ids in enumerate(group.token_ids):
             log_probs = plain_log_probs(model, group.prompt_token_ids, ids)
@@ -210,7 +211,9 @@ def test_models_whose_states_cannot_be_expanded_are_sampled_too() -> None:
         initializer_range=0.6,
     )
     model = Lfm2ForCausalLM(config).eval()
-    for group in sampler_of(model, n=4, max_new_tokens=8).sample(prompts_of(3, 6)):
+    groups = sampler_of(model, n=4, max_new_tokens=8).sample(prompts_of(3, 6))
+    assert len(groups) == 2
+    for group in groups:
         for k in range(4):
             assert group.logprobs[k] == pytest.approx(summed(model, group, k), abs=1e-4)
 
@@ -303,7 +306,9 @@ def test_a_real_model_end_to_end(stories260k: Path) -> None:
     texts = ["Once upon a time", "One day, a dog", "Lily and Tom went to the park and saw a"]
     rows = [PromptRow(str(i), text) for i, text in enumerate(texts)]
     sampler = TransformersSampler(model, tokenizer, SamplingConfig(n=4, max_new_tokens=40))
-    for group in sampler.sample(sampler.encode(rows)):
+    groups = sampler.sample(sampler.encode(rows))
+    assert [len(group.token_ids) for group in groups] == [4] * len(texts)
+    for group in groups:
         for k, ids in enumerate(group.token_ids):
             assert group.logprobs[k] == pytest.approx(summed(model, group, k), abs=1e-3)
             whole = tokenizer.decode([*group.prompt_token_ids, *ids], skip_special_tokens=True)

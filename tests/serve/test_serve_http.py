@@ -645,6 +645,7 @@ def test_more_prompts_than_can_wait(server: Running) -> None:
 
 def test_every_setting_that_loads_something_is_known_to_do_so() -> None:
     """A setting of a strategy is a number, or it is one that only the server may choose."""
+    assert STRATEGIES
     for name in STRATEGIES:
         kind = strategy_class(name)
         numbers = {

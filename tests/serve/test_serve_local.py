@@ -266,6 +266,7 @@ def test_every_strategy_answers_the_same_alone_and_together(
     strategy = parse_strategy({"name": name} | ({"price": 1e-4} if name == "adaptive_n" else {}))
     jobs = [job_of(prompt, n=4, seeded=True, strategy=strategy) for prompt in ("Once", "A cat")]
     batched, alone = together(tiny, gate, *jobs), answers_to(tiny, *jobs)
+    assert len(alone) == len(jobs)
     for one, other in zip(alone, batched, strict=True):
         assert isinstance(one, Answer), one
         assert one.generation.group.token_ids == other.generation.group.token_ids
@@ -440,7 +441,9 @@ def test_closing_stops_what_runs_and_what_waits(tiny: Any, gate: Gate) -> None:
             ]
             await asyncio.to_thread(gate.entered.wait)
             await backend.close()
-            for error in await asyncio.gather(*tasks, return_exceptions=True):
+            errors = await asyncio.gather(*tasks, return_exceptions=True)
+            assert len(errors) == 2
+            for error in errors:
                 assert isinstance(error, BackendError)
                 assert error.status == 503
 
@@ -556,6 +559,7 @@ def test_log_probabilities_are_those_that_were_drawn_by(tiny: Any, sampling: Any
     job = job_of(n=4, choices=4, logprobs=259, sampling=sampling)
     (answer,) = answers_to(tiny, job)
     group = answer.generation.group
+    assert len(answer.choices) == 4
     for choice in answer.choices:
         assert choice.logprobs is not None
         assert len(choice.logprobs) == group.lengths()[choice.index]

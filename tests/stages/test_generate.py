@@ -43,6 +43,7 @@ def test_best_of_n_is_the_best_of_the_sampler_s_draws(tiny_model: Path) -> None:
     model, tokenizer = load_policy(str(tiny_model))
     sampler = TransformersSampler(model, tokenizer, sampling)
     rows = [PromptRow(f"row-{i}", text) for i, text in enumerate(PROMPTS, start=1)]
+    assert len(found) == len(PROMPTS)
     for generation, group in zip(found, sampler.sample(sampler.encode(rows)), strict=True):
         rewards = count_e([], group.completions)
         assert generation.group == group.with_rewards(rewards)

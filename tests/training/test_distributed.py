@@ -113,7 +113,10 @@ def test_every_group_counts_once_an_epoch(
 def test_parts_stay_within_the_tokens_of_a_pass(
     lengths: list[tuple[int, int]], world: int, tokens: int
 ) -> None:
-    for part in deal(shapes_of(lengths), tokens, world):
+    parts = deal(shapes_of(lengths), tokens, world)
+    assert parts
+    for part in parts:
+        assert len(part) == world
         assert max(map(len, part)) - min(map(len, part)) <= 1
         for own in part:
             prompt = max((lengths[i][0] for i in own), default=0)

@@ -133,6 +133,7 @@ def test_no_engine_s_dtype_rounds_what_is_compared(
     trainer.accelerator.state.__dict__["deepspeed_plugin"] = plugin
     part = next(iter(trainer.get_train_dataloader()))["parts"][0]
     prepared = trainer._prepare_inputs(part)
+    assert part
     for name, tensor in part.items():
         assert prepared[name].dtype == tensor.dtype, name
         assert torch.equal(prepared[name], tensor), name
