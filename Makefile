@@ -40,6 +40,7 @@ lint: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(PYTHON) scripts/check_layout.py
+	$(PYTHON) scripts/write_configuration.py --check
 
 # Both go on with an earlier demo in the same folder; `make clean` removes it.
 demo: setup

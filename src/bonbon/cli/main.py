@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bonbon.cli import answers, stages, theory
+from bonbon.cli import answers, config, stages, theory
 from bonbon.cli.options import reported_errors
 from bonbon.system.processes import refuse_several_processes
 
@@ -55,6 +55,7 @@ for command in (
     theory.plan,
     theory.report,
     theory.frontier,
+    config.config,
     stages.demo,
 ):
     app.command(command.__name__.replace("_", "-"))(command)

@@ -106,7 +106,10 @@ class EvaluationConfig(Settings):
         None, description="A file of held-out prompts. None: the share `holdout` of the prompts."
     )
     holdout: float = Field(
-        0.2, gt=0, lt=1, description="Share of the prompts that is held out when `prompts` is None."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of the prompts that is held out when there is no `prompts`.",
     )
     k: int = Field(8, ge=1, description="Completions of each prompt, from each model.")
     seed: int = Field(1, description="Seed of the evaluation's draws.")

@@ -96,7 +96,9 @@ class VllmSettings(Settings):
 class TransformersSamplerConfig(Settings):
     """Draw with the model in this process, by transformers."""
 
-    name: Literal["transformers"] = Field("transformers", description="Draw by transformers.")
+    name: Literal["transformers"] = Field(
+        "transformers", description="Draw in this process, by transformers."
+    )
 
 
 class VllmSamplerConfig(VllmSettings):
