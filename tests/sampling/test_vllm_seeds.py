@@ -150,7 +150,7 @@ def test_what_an_engine_prints_goes_to_a_file(
 
 GUARDED = """
 import multiprocessing, os, sys, time
-from bonbon.vllm_engine import _guard_of
+from bonbon.models.vllm_engine import _guard_of
 if __name__ == "__main__":
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
     process.start()
