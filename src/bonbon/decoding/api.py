@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.config.sampling import SamplingConfig
 from bonbon.decoding.catalogue import parse_strategy, strategy_name
-from bonbon.decoding.config import reward_settings
+from bonbon.decoding.config import named_reward
 from bonbon.decoding.source import LocalSource
 from bonbon.decoding.strategy import Generation, Strategy
 from bonbon.groups.group import Prompt
@@ -60,7 +60,7 @@ def generate(
     if processing_class is None:
         raise ValueError("a loaded model needs its tokenizer; pass it as processing_class")
     if isinstance(reward, str):
-        reward = build_reward(reward_settings(reward))
+        reward = build_reward(named_reward(reward))
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:
         raise ValueError("an empty stop string would end every completion at once")

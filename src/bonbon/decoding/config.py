@@ -49,7 +49,7 @@ def parse_generate_config(
     if isinstance(values, dict) and "model" not in values:
         raise BonbonError(f"{source}: there is no model; name one with --model")
     config = parse_settings(GenerateConfig, values, overrides, source)
-    check_reward(config.strategy, config.reward)
+    check_strategy_has_reward(config.strategy, config.reward)
     return config
 
 
@@ -61,8 +61,8 @@ def without_run_sections(values: Any, kind: type[Settings]) -> Any:
     return {key: value for key, value in values.items() if key not in others}
 
 
-def check_reward(strategy: Strategy, reward: RewardConfig | None) -> None:
-    """Raise BonbonError if the strategy needs a reward and there is none."""
+def check_strategy_has_reward(strategy: Strategy, reward: RewardConfig | None) -> None:
+    """Raise BonbonError for a strategy that chooses by a reward and has none."""
     if strategy.needs_reward and reward is None:
         raise BonbonError(
             f"strategy {strategy_name(strategy)} chooses by a reward; name one with --reward, or "
@@ -90,7 +90,7 @@ def with_named(
         changed["model"] = {"name": changed["model"]}
     reward = reward or (changed["reward"] if isinstance(changed.get("reward"), str) else None)
     if reward is not None:
-        changed["reward"] = reward_settings(reward).model_dump(exclude_defaults=True)
+        changed["reward"] = named_reward(reward).model_dump(exclude_defaults=True)
     current = changed.get("strategy") or DEFAULT_STRATEGY
     current = (
         {"name": current} if isinstance(current, str) else current
@@ -106,7 +106,7 @@ def with_named(
     return changed
 
 
-def reward_settings(name: str) -> RewardConfig:
+def named_reward(name: str) -> RewardConfig:
     """Return the settings of a reward: a `package.module:function`, or else a reward model."""
     if re.fullmatch(FUNCTION_NAME, name):
         return RewardConfig(function=name)

@@ -1,19 +1,15 @@
-"""Build the reward that a configuration describes, and tell rewards apart."""
+"""Build the reward that a configuration describes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 from bonbon.config.reward import RewardConfig, RewardServerConfig
-from bonbon.config.settings import without_neutral
 from bonbon.groups.group import Prompt
 from bonbon.models.loading import load_tokenizer
 from bonbon.rewards.model import RewardModel, reward_inputs
 from bonbon.rewards.reward import FunctionReward, Reward, WeightedSum
-from bonbon.system.digests import weights_digest
 
 
 def build_reward(config: RewardConfig) -> Reward:
@@ -63,32 +59,17 @@ def opened_reward(config: RewardConfig) -> Iterator[Reward]:
         close_reward(reward)
 
 
+def check_functions(config: RewardConfig) -> None:
+    """Import the functions that a reward names. Raises BonbonError for one that is not there."""
+    for part in config.sum or ():
+        check_functions(part)
+    if config.function:
+        FunctionReward.from_name(config.function)
+
+
 def close_reward(reward: Reward) -> None:
     """Let go of what a reward holds beside memory: an engine, its processes, its connections."""
     for _, part in getattr(reward, "parts", ()):
         close_reward(part)
     if hasattr(reward, "close"):
         reward.close()
-
-
-def described(settings: RewardConfig) -> dict[str, Any]:
-    """A reward's settings as plain values, defaults left out."""
-    return settings.model_dump(mode="json", exclude_defaults=True)
-
-
-def reward_identity(settings: RewardConfig) -> dict[str, Any]:
-    """What tells one reward from another: its settings, its function's file, its model's weights.
-
-    A function's file alone: what it imports may change without being noticed. Raises BonbonError
-    when the function cannot be imported.
-    """
-    identity = described(settings)
-    if settings.sum:
-        identity["sum"] = [reward_identity(part) for part in settings.sum]
-    elif settings.function:
-        identity["code"] = FunctionReward.from_name(settings.function).digest()
-    elif settings.server:
-        identity["server"]["model"] = settings.server.model or settings.server.base_url
-    elif settings.model:
-        identity["weights"] = weights_digest(Path(str(settings.model)).expanduser())
-    return without_neutral(identity, RewardConfig)

@@ -15,7 +15,7 @@ import numpy as np
 
 from bonbon.groups.group import Group, Prompt
 from bonbon.system.errors import BonbonError
-from bonbon.system.user_functions import error_text, function_digest, import_function
+from bonbon.system.user_functions import error_text, import_function
 
 RewardFunction = Callable[[Sequence[Prompt], Sequence[str]], Any]
 
@@ -42,10 +42,6 @@ class FunctionReward:
     def from_name(cls, name: str) -> FunctionReward:
         """Import the function, also from a module in the current folder."""
         return cls(name, import_function(name, "reward function"))
-
-    def digest(self) -> str | None:
-        """Return a hash of the function's source file; None where there is none."""
-        return function_digest(self.function)
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> np.ndarray:
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bonbon.config.reward import RewardConfig
 from bonbon.config.run import RunConfig
+from bonbon.rewards.identity import reward_identity
 from bonbon.system.digests import file_digest
 from bonbon.system.errors import BonbonError
 
@@ -16,10 +16,10 @@ def sample_settings(config: RunConfig) -> dict[str, Any]:
     values["prompts"]["content"] = file_digest(config.prompts.path)
     if config.evaluation.prompts is None:
         values["evaluation"] = {"holdout": config.evaluation.holdout}
-    return values | drawn_by(config)
+    return values | sampler_settings(config)
 
 
-def drawn_by(config: RunConfig) -> dict[str, Any]:
+def sampler_settings(config: RunConfig) -> dict[str, Any]:
     """The sampler; nothing for our own one, which notes of older runs do not name."""
     if config.sampler.name == "transformers":
         return {}
@@ -28,17 +28,7 @@ def drawn_by(config: RunConfig) -> dict[str, Any]:
 
 def score_settings(config: RunConfig) -> dict[str, Any]:
     """What the scored groups depend on."""
-    return sample_settings(config) | {"reward": reward_settings(config.reward)}
-
-
-def reward_settings(reward: RewardConfig) -> dict[str, Any]:
-    """A reward's settings; a server whose model has no name is known by its address."""
-    values = reward.model_dump(mode="json")
-    if reward.sum:
-        values["sum"] = [reward_settings(part) for part in reward.sum]
-    if reward.server is not None and reward.server.model is None:
-        values["server"]["model"] = reward.server.base_url
-    return values
+    return sample_settings(config) | {"reward": reward_identity(config.reward, defaults=True)}
 
 
 def train_settings(config: RunConfig, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from bonbon.config.run import RunConfig, round_config
 from bonbon.groups.shards import shard_indices, shard_paths
+from bonbon.rewards.identity import same_value
 from bonbon.runs.stage_folder import StageFolder
 from bonbon.system.atomic_files import read_json
 from bonbon.system.errors import BonbonError
@@ -99,10 +100,18 @@ class RunFolder(StageFolder):
 
     def _is_anothers(self, stage: str) -> bool:
         """Whether the store's note of a stage is not the one that this folder has."""
-        return self.store is not self and self.noted(stage) != {
-            **(self.store.noted(stage) or {}),
-            "storage": self._place,
-        }
+        if self.store is self:
+            return False
+        own, other = self.noted(stage), self.store.noted(stage)
+        if own is None or other is None:
+            return True
+        other["storage"] = self._place
+        return not all(same_value(k, own.get(k), other.get(k)) for k in {*own, *other})
+
+    def check_data(self, stage: str, settings: Mapping[str, Any]) -> None:
+        """`compare` a stage that has written something, before what it builds on is made."""
+        if shard_paths(self.ways(stage)[1]):
+            self.compare(stage, {**settings, "storage": self._place})
 
     def begin_data(self, stage: str, settings: Mapping[str, Any]) -> None:
         """`begin` a stage that writes samples or groups, also where a store keeps them.

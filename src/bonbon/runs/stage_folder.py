@@ -14,6 +14,7 @@ import yaml
 from bonbon.config.notes import binding, upgraded_note
 from bonbon.config.settings import Settings
 from bonbon.groups.shards import shard_paths
+from bonbon.rewards.identity import changed_digest, is_digest, same_value
 from bonbon.system.atomic_files import read_json, remove_torn, write_json, write_text
 from bonbon.system.errors import BonbonError
 from bonbon.system.processes import from_main_process, is_main_process, wait_for_everyone
@@ -79,10 +80,16 @@ class StageFolder:
 
     def _begin(self, stage: str, settings: Mapping[str, Any]) -> None:
         self.compare(stage, settings)
-        if self.noted(stage) is None:
+        noted, asked = self.noted(stage), binding(settings)
+        if noted is None:
             # The note last: a stop between the two would otherwise leave an older config.yaml.
             self.write_config()
-            write_json(self._notes / f"{stage}.json", binding(settings))
+            self._note(stage, asked)
+        elif learnt := _new_digests(noted, asked):
+            self._note(stage, noted | learnt)
+
+    def _note(self, stage: str, settings: Mapping[str, Any]) -> None:
+        write_json(self._notes / f"{stage}.json", dict(settings))
 
     def write_config(self) -> None:
         """Write the configuration to `config.yaml`."""
@@ -120,18 +127,17 @@ class StageFolder:
             )
 
     def _differing(self, stage: str, wanted: Mapping[str, Any]) -> list[str]:
-        differing: dict[str, str] = {}
+        differing: dict[str, str | None] = {}
         for name in ("sample", "score", "rounds", stage):
             note = self.noted(name)
             if note is None:
                 continue
-            found = upgraded_note(note)
-            keys = {*found, *wanted} if name == stage else found.keys() & wanted.keys()
+            noted = upgraded_note(note)
+            keys = {*noted, *wanted} if name == stage else noted.keys() & wanted.keys()
             for key in sorted(keys):
-                was, now = found.get(key), wanted.get(key)
-                if was != now:
-                    differing[key] = f"{key} was {was!r} and is now {now!r}"
-        return list(differing.values())
+                if not same_value(key, noted.get(key), wanted.get(key)):
+                    differing[key] = _difference(key, noted, wanted)
+        return [difference for difference in differing.values() if difference is not None]
 
     def finish(self, stage: str, shards: int) -> None:
         """Note that a stage has written all its shards."""
@@ -141,3 +147,16 @@ class StageFolder:
         """Whether a stage was finished and its shards are still all there."""
         note = self._notes / f"{stage}.done.json"
         return note.exists() and read_json(note)["shards"] == len(shard_paths(output))
+
+
+def _difference(key: str, noted: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """What differs, in words; None for a digest of what another setting names by another name."""
+    if is_digest(key):
+        return changed_digest(key, noted, wanted)
+    return f"{key} was {noted.get(key)!r} and is now {wanted.get(key)!r}"
+
+
+def _new_digests(noted: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The digests that are known by now and not noted; notes of older versions have none."""
+    known = {key: value for key, value in asked.items() if is_digest(key) and value is not None}
+    return {key: value for key, value in known.items() if noted.get(key) is None}

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 from bonbon.groups.group import Group
 from bonbon.groups.prompts import EncodedPrompt
-from bonbon.rewards.from_config import described, opened_reward
+from bonbon.rewards.from_config import opened_reward
+from bonbon.rewards.identity import reward_provenance
 from bonbon.rewards.reward import Reward, score_groups
 from bonbon.runs.run_folder import RunFolder
 from bonbon.runs.shard_work import Progress, ShardWork, Transform, work_through
-from bonbon.sampling.from_config import drawn_by, opened_sampler
+from bonbon.sampling.from_config import opened_sampler, sampler_provenance
 from bonbon.sampling.sampler import Sampler
 
 
@@ -43,10 +44,10 @@ def opened_work(folder: RunFolder, stage: str) -> Iterator[ShardWork]:
     config = folder.config
     if stage == "sample":
         with opened_sampler(config.sampler, config.model, config.sampling) as sampler:
-            noted = drawn_by(sampler, config.model)
+            noted = sampler_provenance(sampler, config.model)
             yield ShardWork(*folder.ways(stage), drawing(sampler), noted)
     else:
-        noted = {"reward": described(config.reward)}
+        noted = {"reward": reward_provenance(config.reward)}
         with opened_reward(config.reward) as reward:
             yield ShardWork(*folder.ways(stage), scoring(reward), noted)
 

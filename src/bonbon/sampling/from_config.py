@@ -91,7 +91,7 @@ def _named(model: ModelConfig) -> dict[str, Any]:
     return model.model_dump(include={"name", "revision", "trust_remote_code"})
 
 
-def drawn_by(sampler: Sampler, model: ModelConfig) -> dict[str, Any]:
+def sampler_provenance(sampler: Sampler, model: ModelConfig) -> dict[str, Any]:
     """What the groups of a sampler note of it."""
     return {
         "model": model.name,

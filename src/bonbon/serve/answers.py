@@ -39,7 +39,7 @@ def out_of_time(message: str = "there was no answer within the request's time") 
     return BackendError(message, 504, "timeout_error", "timeout")
 
 
-def check_reward(job: AnswerJob, reward: Reward | None) -> None:
+def check_job_has_reward(job: AnswerJob, reward: Reward | None) -> None:
     """Raise BackendError when the job's strategy needs a reward and there is none."""
     if job.strategy.needs_reward and reward is None:
         raise bad_request(

@@ -12,7 +12,7 @@ from bonbon.config.reward import RewardConfig
 from bonbon.config.sampling import ModelConfig
 from bonbon.config.settings import parse_settings
 from bonbon.decoding.catalogue import strategy_name
-from bonbon.decoding.config import check_reward, without_run_sections
+from bonbon.decoding.config import check_strategy_has_reward, without_run_sections
 from bonbon.serve.backend import Backend
 from bonbon.serve.config import ServeConfig
 from bonbon.serve.upstream.client import UpstreamConfig
@@ -65,7 +65,7 @@ def parse_serve_settings(
     """
     values = without_run_sections(values, ServeSettings)
     settings = parse_settings(ServeSettings, values, overrides, source)
-    check_reward(settings.strategy, settings.reward)
+    check_strategy_has_reward(settings.strategy, settings.reward)
     return settings
 
 

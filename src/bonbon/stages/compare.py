@@ -20,7 +20,7 @@ from bonbon.config.sampling import ModelConfig
 from bonbon.evaluation.results import Evaluation
 from bonbon.groups.prompts import PromptRow
 from bonbon.groups.shards import shard_paths
-from bonbon.runs.fingerprints import drawn_by
+from bonbon.runs.fingerprints import sampler_settings
 from bonbon.runs.prompts import evaluation_prompts, trained_on
 from bonbon.runs.run_folder import RunFolder
 from bonbon.stages.checks import check_config
@@ -196,7 +196,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     else:
         values["prompts"] = config.prompts.model_dump(mode="json")
         values["prompts"]["content"] = file_digest(config.prompts.path)
-    return values | {"n": config.target_n} | drawn_by(config)
+    return values | {"n": config.target_n} | sampler_settings(config)
 
 
 def _policy_settings(policy: Policy) -> dict[str, Any]:

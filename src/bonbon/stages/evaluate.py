@@ -26,7 +26,7 @@ from bonbon.groups.group import Group
 from bonbon.groups.prompts import PromptRow
 from bonbon.groups.shards import read_groups, shard_paths
 from bonbon.report.model_card import model_card
-from bonbon.rewards.from_config import described
+from bonbon.rewards.identity import reward_provenance, without_digests
 from bonbon.runs.fingerprints import (
     evaluation_settings,
     rounds_settings,
@@ -254,7 +254,7 @@ def write_evaluation(folder: RunFolder, evaluation: Evaluation, about: Mapping[s
         {
             "schema_version": SCHEMA_VERSION,
             "base_model": config.model.name,
-            "reward": described(config.reward),
+            "reward": reward_provenance(config.reward),
             # With top-k or top-p the KL of the truncated distributions can be infinite, so it is
             # that of the models at the sampling temperature.
             "kl_of": "models at the temperature" if config.sampling.truncates else "sampled policy",
@@ -313,10 +313,12 @@ def evaluate(folder: RunFolder) -> Evaluation:
             command = "train" if config.rounds == 1 else "run"
             raise BonbonError(f"{folder.model(name)} does not exist; run `bonbon {command}` first")
         if config.rounds == 1:
-            folder.compare(folder.training(name), train_settings(config, name))
+            settings = train_settings(config, name)
+            folder.compare(folder.training(name), without_digests(settings))
     if config.rounds > 1:
-        folder.compare("rounds", rounds_settings(config))
-    folder.begin("evaluate", evaluation_settings(config))
+        folder.compare("rounds", without_digests(rounds_settings(config)))
+    # A reward that was edited is measured again, as others that are added later.
+    folder.begin("evaluate", without_digests(evaluation_settings(config)))
     rows = evaluation_prompts(config)
     known = trained_on(config, {json.dumps(row.prompt) for row in rows})
     evaluation = evaluate_policies(folder, _policies(folder), rows)

@@ -26,7 +26,8 @@ from bonbon.evaluation.figures import Figure, bootstrap
 from bonbon.groups.group import Group
 from bonbon.groups.prompts import EncodedPrompt
 from bonbon.groups.shards import read_shard, shard_path, shard_paths, write_shard
-from bonbon.rewards.from_config import described, opened_reward, reward_identity
+from bonbon.rewards.from_config import check_functions, opened_reward
+from bonbon.rewards.identity import reward_identity, reward_provenance
 from bonbon.rewards.reward import Reward
 from bonbon.runs.prompts import read_configured
 from bonbon.runs.stage_folder import StageFolder
@@ -98,6 +99,7 @@ def _settings(config: GenerateConfig, prompts: Path) -> dict[str, Any]:
     values["prompts"]["content"] = file_digest(prompts)
     values["strategy"]["loaded"] = _loaded(config.strategy)
     if config.reward is not None:
+        check_functions(config.reward)
         values["reward"] = reward_identity(config.reward)
     return values
 
@@ -109,7 +111,8 @@ def _loaded(strategy: Strategy) -> dict[str, str | None]:
         value = getattr(strategy, name)
         value = getattr(value, "implicit", value)
         if isinstance(value, str) and re.fullmatch(FUNCTION_NAME, value):
-            digests[name] = function_digest(import_function(value, name))
+            import_function(value, name)  # an error is found before anything is drawn
+            digests[name] = function_digest(value)
         elif isinstance(value, str) and Path(value).expanduser().is_dir():
             digests[name] = weights_digest(Path(value).expanduser())
     return digests
@@ -130,7 +133,7 @@ def _write(
         "dtype": str(source.model.dtype).removeprefix("torch."),
         "strategy": describe_strategy(config.strategy),
         "independent": config.strategy.independent,
-        "reward": None if config.reward is None else described(config.reward),
+        "reward": None if config.reward is None else reward_provenance(config.reward),
         "costs": [asdict(generation.cost) for generation in generations],
     }
     write_shard(path, [marked(generation) for generation in generations], provenance)

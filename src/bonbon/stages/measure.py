@@ -43,12 +43,13 @@ from bonbon.groups.shards import (
     shard_provenance,
     write_shard,
 )
-from bonbon.rewards.from_config import described, opened_reward, reward_identity
+from bonbon.rewards.from_config import check_functions, opened_reward
+from bonbon.rewards.identity import reward_identity, reward_provenance, same_reward
 from bonbon.rewards.reward import Reward, score_groups
 from bonbon.runs.run_folder import RunFolder
 from bonbon.runs.shard_work import Progress, ShardWork, prompt_count, work_through, write_prompts
 from bonbon.runs.work import drawing
-from bonbon.sampling.from_config import drawn_by, load_model, opened_sampler
+from bonbon.sampling.from_config import load_model, opened_sampler, sampler_provenance
 from bonbon.system.atomic_files import read_json, write_json
 from bonbon.system.digests import file_digest
 from bonbon.system.progress import progress_bar
@@ -73,6 +74,10 @@ class MeasuredColumn:
 
     settings: Mapping[str, Any]
     compute: Callable[[list[Group]], list[Group]]
+
+    def is_of(self, settings: Mapping[str, Any] | None) -> bool:
+        """Whether a column that was computed with these settings is this one."""
+        return settings is not None and same_reward(settings, self.settings)
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ def _draw(folder: RunFolder, policy: Policy, load: Loader, rows: Sequence[Prompt
     stream = policy.name
     with opened_sampler(_sampler(config), policy.model, settings, stream, load) as sampler:
         write_prompts(sampler.encode(rows), prompts, settings.shard_size)
-        noted = drawn_by(sampler, policy.model)
+        noted = sampler_provenance(sampler, policy.model)
         work = ShardWork(prompts, target, drawing(sampler), noted)
         work_through(work, f"{policy.name}: sampling")
     folder.finish(stage, len(shard_paths(target)))
@@ -214,11 +219,14 @@ def _rewards(config: RunConfig, stack: ExitStack) -> dict[str, MeasuredColumn]:
 
     evaluation = config.evaluation
     metrics = {name: RewardConfig(function=it) for name, it in evaluation.metrics.items()}
+    rewards = {"": config.reward, **evaluation.rewards, **metrics}
+    for reward in rewards.values():
+        check_functions(reward)
     return {
         name: MeasuredColumn(
             reward_identity(reward), partial(scored, cache(partial(opened, reward)), name)
         )
-        for name, reward in {"": config.reward, **evaluation.rewards, **metrics}.items()
+        for name, reward in rewards.items()
     }
 
 
@@ -303,7 +311,7 @@ def _measure(folder: RunFolder, name: str, columns: Mapping[str, MeasuredColumn]
             asked = {key: dict(column.settings) for key, column in columns.items()}
             provenance = shard.provenance | {
                 "columns": kept | asked,
-                "reward": described(folder.config.reward),
+                "reward": reward_provenance(folder.config.reward),
                 "seconds": before.get("seconds", 0.0) + time.monotonic() - began,
             }
             write_shard(path, groups, provenance)
@@ -319,7 +327,7 @@ def _with_only(group: Group, columns: Mapping[str, MeasuredColumn]) -> Group:
 
 def _missing(path: Path, columns: Mapping[str, MeasuredColumn]) -> list[str]:
     known = shard_provenance(path).get("columns", {}) if path.exists() else {}
-    return [name for name, column in columns.items() if known.get(name) != column.settings]
+    return [name for name, column in columns.items() if not column.is_of(known.get(name))]
 
 
 def _measure_forward(folder: RunFolder, policy: Policy, load: Loader, load_base: Loader) -> None:

@@ -10,9 +10,7 @@ import shutil
 from pathlib import Path
 
 from bonbon.evaluation.results import Evaluation
-from bonbon.runs.fingerprints import (
-    rounds_settings,
-)
+from bonbon.runs.fingerprints import rounds_settings, score_settings
 from bonbon.runs.run_folder import RunFolder
 from bonbon.stages.checks import check_config
 from bonbon.stages.engine import do_stages
@@ -26,6 +24,7 @@ from bonbon.system.atomic_files import atomic_folder
 def sample_and_score(folder: RunFolder) -> None:
     """Sample and score: one after the other, or at the same time where the engine can do both."""
     if folder.config.engine.name == "local":
+        folder.check_data("score", score_settings(folder.config))
         sample(folder)
         score(folder)
         return

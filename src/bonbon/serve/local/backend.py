@@ -28,7 +28,7 @@ from bonbon.serve.answers import (
     GuardedReward,
     answer_of,
     bad_request,
-    check_reward,
+    check_job_has_reward,
     out_of_time,
     strategy_error,
     stream_id,
@@ -102,7 +102,7 @@ class LocalBackend:
 
     async def answer(self, job: AnswerJob) -> Answer:
         """See `Backend.answer`."""
-        check_reward(job, self.reward)
+        check_job_has_reward(job, self.reward)
         if job.extra:
             raise bad_request(
                 f"the local model takes no {', '.join(map(repr, sorted(job.extra)))}; leave it out",

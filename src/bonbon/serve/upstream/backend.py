@@ -31,7 +31,7 @@ from bonbon.serve.answers import (
     GuardedReward,
     answer_of,
     bad_request,
-    check_reward,
+    check_job_has_reward,
     out_of_time,
     strategy_error,
     stream_id,
@@ -115,7 +115,7 @@ class UpstreamBackend:
 
     def _check(self, job: AnswerJob) -> None:
         name = strategy_name(job.strategy)
-        check_reward(job, self.reward)
+        check_job_has_reward(job, self.reward)
         if job.strategy.stepwise:
             raise bad_request(
                 f"the strategy {name} drops or branches completions while they are drawn, which an "
