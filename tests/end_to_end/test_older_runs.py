@@ -18,6 +18,10 @@ pytest.importorskip("vaderSentiment")  # the reward
 OLDER = Path(__file__).parent / "before_the_move"
 TOLERANCE = 1e-4  # the last digits of log-probabilities depend on the CPU
 
+# Keys that have moved since; a run is the same under their new names.
+MOVED = "  adam_beta2: 0.97\n  max_grad_norm: 5.0\n  share_prompt: false\n"
+NOW = "  arguments: {adam_beta2: 0.97, max_grad_norm: 5.0, share_prompt: false}\n"
+
 Command = Callable[..., str]
 
 
@@ -26,6 +30,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the runs and of what they were made from; the current folder."""
     copy = shutil.copytree(OLDER, tmp_path / "place")
     monkeypatch.chdir(copy)  # the older version noted relative paths
+    older = (copy / "run.yaml").read_text()
+    assert MOVED in older
+    (copy / "older.yaml").write_text(older)
+    (copy / "run.yaml").write_text(older.replace(MOVED, NOW))
     return copy
 
 
@@ -138,3 +146,17 @@ def test_a_changed_setting_is_refused(place: Path, bonbon: Command, run: str) ->
     after = contents(place / run)
     after.pop(".bonbon/lock")
     assert after == before
+
+
+def test_moved_keys_are_refused_by_their_successors(place: Path, bonbon: Command) -> None:
+    before = contents(place / "run")
+    printed = bonbon("run", "older.yaml", "--out", "run", status=2)
+    for name in ("adam_beta2", "max_grad_norm", "share_prompt"):
+        assert f"train.{name} is now train.arguments.{name}" in printed
+    assert contents(place / "run") == before
+
+
+def test_a_moved_key_of_another_value_is_refused(place: Path, bonbon: Command) -> None:
+    change = "train.arguments.adam_beta2=0.9"
+    printed = bonbon("run", "run.yaml", "--out", "run", "--set", change, status=2)
+    assert "train.arguments.adam_beta2 was 0.97 and is now 0.9" in printed
