@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -535,6 +536,20 @@ def test_a_graceful_stop() -> None:
         server.thread.join(20)
         with pytest.raises(httpx.ConnectError):
             server.get("/health")
+
+
+def test_a_stream_that_has_begun_has_the_grace_too() -> None:
+    gate = Gate()
+    backend = FakeBackend(before=gate)
+    with serving(backend, keepalive=0.02) as server:
+        with posted(server, TEXT | {"stream": True}) as found:
+            until(lambda: backend.running == 1, "running")
+            time.sleep(0.1)  # comments
+            server.server.handle_exit(signal.SIGTERM, None)
+            time.sleep(1.2)  # longer than the library takes to notice
+            gate.open.set()
+        assert found[0].text.startswith(": waiting\n\n")
+        assert found[0].text.endswith("data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from itertools import zip_longest
 from typing import Any
 
+import anyio
+from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -35,16 +38,13 @@ class EventStream(Response):
         keepalive: seconds between comments, and before the first one.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self,
         work: Callable[[Receive], Awaitable[dict[str, Any]]],
         include_usage: bool,
         keepalive: float,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
+        super().__init__()
         self._work = work
         self._include_usage = include_usage
         self._keepalive = keepalive
@@ -56,29 +56,35 @@ class EventStream(Response):
             await asyncio.wait({task}, timeout=self._keepalive)
             if task.done():
                 task.result()
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": self.status_code,
-                    "headers": self.raw_headers,
-                }
+            stream = EventSourceResponse(
+                self._events(task),
+                headers={"Cache-Control": "no-cache"},
+                ping=self._keepalive,
+                ping_message_factory=_waiting,
+                sep="\n",
+                # By itself it cuts streams half a second after a signal; the service's own grace
+                # decides when a job ends.
+                shutdown_event=anyio.Event(),
+                shutdown_grace_period=math.inf,
             )
-            while not task.done():
-                await _send(send, b": waiting\n\n")
-                await asyncio.wait({task}, timeout=self._keepalive)
-            for event in _events(task, self._include_usage):
-                await _send(send, b"data: " + event + b"\n\n")
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await stream(scope, receive, send)
         finally:
             task.cancel()
             await asyncio.wait({task})
 
+    async def _events(self, task: asyncio.Future[dict[str, Any]]) -> AsyncIterator[ServerSentEvent]:
+        if not task.done():
+            yield _waiting()
+            await asyncio.wait({task})
+        for data in _data(task, self._include_usage):
+            yield ServerSentEvent(data.decode(), sep="\n")
 
-async def _send(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+def _waiting() -> ServerSentEvent:
+    return ServerSentEvent(comment="waiting", sep="\n")
 
 
-def _events(task: asyncio.Future[dict[str, Any]], include_usage: bool) -> Iterator[bytes]:
+def _data(task: asyncio.Future[dict[str, Any]], include_usage: bool) -> Iterator[bytes]:
     try:
         whole = task.result()
     except BackendError as error:
