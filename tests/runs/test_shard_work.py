@@ -15,12 +15,14 @@ from bonbon.config.sampling import SamplingConfig
 from bonbon.groups.group import Group
 from bonbon.groups.prompts import EncodedPrompt, PromptRow, is_held_out, read_prompts
 from bonbon.groups.shards import read_groups, read_shard, shard_indices, shard_path, write_shard
+from bonbon.runs import prompts as run_prompts
 from bonbon.runs.fingerprints import score_settings
-from bonbon.runs.prompts import evaluation_prompts, trained_on, training_prompts
+from bonbon.runs.prompts import RunPrompts
 from bonbon.runs.run_folder import RunFolder
 from bonbon.runs.shard_work import ShardWork, prompt_count, spent, work_through, write_prompts
 from bonbon.runs.work import drawing, scoring
 from bonbon.sampling.encoding import encode_prompts
+from bonbon.stages import measure as measure_stage
 from bonbon.stages import run as run_stage
 from bonbon.stages import sample as sample_stage
 from bonbon.system.errors import BonbonError
@@ -170,7 +172,8 @@ def config_of(tmp_path: Path, **changes: Any) -> RunConfig:
 def test_prompts_to_train_on_are_those_that_are_not_held_out(tmp_path: Path) -> None:
     config = config_of(tmp_path, evaluation={"holdout": 0.4})
     rows = read_prompts(config.prompts.path)
-    training, held = list(training_prompts(config)), evaluation_prompts(config)
+    prompts = RunPrompts(config)
+    training, held = list(prompts.training()), prompts.evaluation()
     assert held == [row for row in rows if is_held_out(row, 0.4)]
     assert sorted(training + held, key=rows.index) == rows
     assert len({row.prompt_id for row in training + held}) == len(rows)
@@ -178,18 +181,70 @@ def test_prompts_to_train_on_are_those_that_are_not_held_out(tmp_path: Path) -> 
 
 def test_which_prompts_were_trained_on(tmp_path: Path) -> None:
     config = config_of(tmp_path, evaluation={"holdout": 0.4})
-    training, held = list(training_prompts(config)), evaluation_prompts(config)
-    told = {json.dumps(row.prompt) for row in (*training[:2], *held)} | {'"another one"'}
-    assert trained_on(config, told) == {json.dumps(row.prompt) for row in training[:2]}
+    prompts = RunPrompts(config)
+    training, held = list(prompts.training()), prompts.evaluation()
+    asked = [*(row.prompt for row in (*training[:2], *held)), "another one"]
+    known = [prompt for prompt, seen in zip(asked, prompts.trained_on(asked), strict=True) if seen]
+    assert known == [row.prompt for row in training[:2]]
 
 
 @pytest.mark.parametrize("holdout", [1e-9, 1 - 1e-9])
 def test_a_side_without_prompts_is_refused(tmp_path: Path, holdout: float) -> None:
     config = config_of(tmp_path, evaluation={"holdout": holdout})
     with pytest.raises(BonbonError, match="11 prompts are too few to hold out"):
-        list(training_prompts(config))
+        list(RunPrompts(config).training())
     with pytest.raises(BonbonError, match="11 prompts are too few to hold out"):
-        evaluation_prompts(config)
+        RunPrompts(config).evaluation()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["held out", "of a file of their own"])
+def test_prompts_are_read_and_hashed_once_in_a_run(
+    tmp_path: Path, run_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """However many models are trained; and what was drawn from the base is read once at the end."""
+    calls: list[str] = []
+
+    def counted(module: Any, name: str) -> None:
+        call = getattr(module, name)
+
+        def counting(path: Path, *rest: Any) -> Any:
+            calls.append(f"{name} {path.name}")
+            return call(path, *rest)
+
+        monkeypatch.setattr(module, name, counting)
+
+    counted(run_prompts, "iter_prompts")
+    counted(run_prompts, "file_digest")
+    counted(measure_stage, "read_groups")
+    (tmp_path / "others.txt").write_text("Other 1\nOther 2\nPrompt number 3")
+    evaluation = {"prompts": {"path": str(tmp_path / "others.txt")}} if own else {"holdout": 0.4}
+    values = run_config | {
+        "train": {"learning_rate": 1e-3},
+        "baselines": {name: {"objective": "sft_bon"} for name in ("one", "two")},
+        "evaluation": evaluation | {"k": 2, "bootstrap": 100},
+    }
+    folder = RunFolder(tmp_path / "out", parse_config(values))
+    run_stage.run(folder)
+    files = ["prompts.txt", *(["others.txt"] if own else [])]
+    expected = [f"{what} {name}" for what in ("iter_prompts", "file_digest") for name in files]
+    read = [
+        "base",
+        *(f"{name}{end}" for name in folder.config.trainings for end in ("", "-forward")),
+    ]
+    assert sorted(calls) == sorted([*expected, *(f"read_groups {name}" for name in read)])
+    results = json.loads((folder.evaluation / "evaluation.json").read_text())
+    assert results["prompts_trained_on"] == (1 if own else 0)
+
+
+def test_a_prompts_file_that_changed_is_read_and_hashed_again(tmp_path: Path) -> None:
+    config = config_of(tmp_path, evaluation={"holdout": 0.4})
+    prompts = RunPrompts(config)
+    digest, held = prompts.digest(config.prompts.path), prompts.evaluation()
+    config.prompts.path.write_text("\n".join(f"Another {i}" for i in range(40)))
+    assert prompts.digest(config.prompts.path) != digest
+    again = prompts.evaluation()
+    assert again == [row for row in read_prompts(config.prompts.path) if is_held_out(row, 0.4)]
+    assert again != held
 
 
 # --- a store --------------------------------------------------------------------------------------
@@ -302,14 +357,15 @@ def test_what_draws_and_scores_binds_and_how_does_not(
         "sampler": {"name": "openai", "model": "a"},
         "reward": {"server": {"base_url": "http://127.0.0.1:1"}},
     }
-    RunFolder(tmp_path, parse_config(first)).begin("score", score_settings(parse_config(first)))
+    before = RunFolder(tmp_path, parse_config(first))
+    before.begin("score", score_settings(before.config, before.rows))
     config = parse_config(first | change)
     folder = RunFolder(tmp_path, config)
     if named is None:
-        folder.begin("score", score_settings(config))
+        folder.begin("score", score_settings(config, folder.rows))
     else:
         with pytest.raises(BonbonError, match=named):
-            folder.begin("score", score_settings(config))
+            folder.begin("score", score_settings(config, folder.rows))
 
 
 def test_long_prompts_are_all_counted_before_anything_is_drawn(

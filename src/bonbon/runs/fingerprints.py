@@ -6,14 +6,14 @@ from typing import Any
 
 from bonbon.config.run import RunConfig
 from bonbon.rewards.identity import reward_identity
-from bonbon.system.digests import file_digest
+from bonbon.runs.prompts import RunPrompts
 from bonbon.system.errors import BonbonError
 
 
-def sample_settings(config: RunConfig) -> dict[str, Any]:
+def sample_settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """What the draws depend on, the prompts' file by its content."""
     values = config.model_dump(mode="json", include={"model", "prompts", "sampling", "rounds"})
-    values["prompts"]["content"] = file_digest(config.prompts.path)
+    values["prompts"]["content"] = prompts.digest(config.prompts.path)
     if config.evaluation.prompts is None:
         values["evaluation"] = {"holdout": config.evaluation.holdout}
     return values | sampler_settings(config)
@@ -26,34 +26,36 @@ def sampler_settings(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include={"sampler"})
 
 
-def score_settings(config: RunConfig) -> dict[str, Any]:
+def score_settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """What the scored groups depend on."""
-    return sample_settings(config) | {"reward": reward_identity(config.reward, defaults=True)}
+    return sample_settings(config, prompts) | {
+        "reward": reward_identity(config.reward, defaults=True)
+    }
 
 
-def train_settings(config: RunConfig, name: str) -> dict[str, Any]:
+def train_settings(config: RunConfig, prompts: RunPrompts, name: str) -> dict[str, Any]:
     """What the model of that name depends on."""
     settings = config.trainings[name].model_dump(mode="json")
-    return score_settings(config) | {"train": settings}
+    return score_settings(config, prompts) | {"train": settings}
 
 
-def evaluation_settings(config: RunConfig) -> dict[str, Any]:
+def evaluation_settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """What the evaluation's draws depend on; rewards and metrics can be added to them later."""
-    values = score_settings(config)
+    values = score_settings(config, prompts)
     values["trainings"] = {
         name: it.model_dump(mode="json") for name, it in config.trainings.items()
     }
     drawing = {"prompts", "holdout", "k", "seed"}
     values["evaluation"] = config.evaluation.model_dump(mode="json", include=drawing)
     if config.evaluation.prompts is not None:
-        values["evaluation"]["prompts"]["content"] = file_digest(config.evaluation.prompts.path)
+        values["evaluation"]["prompts"]["content"] = prompts.digest(config.evaluation.prompts.path)
     return values
 
 
-def rounds_settings(config: RunConfig) -> dict[str, Any]:
+def rounds_settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     """What a run of several rounds depends on."""
     trainings = {name: it.model_dump(mode="json") for name, it in config.trainings.items()}
-    return score_settings(config) | {"trainings": trainings}
+    return score_settings(config, prompts) | {"trainings": trainings}
 
 
 def refuse_rounds(config: RunConfig) -> None:

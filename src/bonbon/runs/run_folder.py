@@ -18,6 +18,8 @@ from typing import Any
 from bonbon.config.run import RunConfig, round_config
 from bonbon.groups.shards import shard_indices, shard_paths
 from bonbon.rewards.identity import same_value
+from bonbon.runs.fingerprints import train_settings
+from bonbon.runs.prompts import RunPrompts
 from bonbon.runs.stage_folder import StageFolder
 from bonbon.system.atomic_files import read_json
 from bonbon.system.errors import BonbonError
@@ -41,12 +43,15 @@ class RunFolder(StageFolder):
     lie in a store (`storage`) instead. `model/` and `baselines/NAME/` hold the trained models,
     `evaluation/` the evaluation, `.bonbon/` notes and training checkpoints.
 
+    `rows` are the prompts that the configuration names; the rounds of a run share theirs.
+
     Raises BonbonError for a store that cannot be used.
     """
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: RunConfig, rows: RunPrompts | None = None) -> None:
         super().__init__(path, config)
         self.config = config
+        self.rows = rows or RunPrompts(config)
         self.data = path if config.storage is None else storage_path(config.storage)
         self.store = self if config.storage is None else _Store(self.data, config)
         self.prompts = self.data / "prompts"
@@ -62,7 +67,7 @@ class RunFolder(StageFolder):
         folders: list[RunFolder] = []
         for number in range(1, self.config.rounds + 1):
             config = round_config(self.config, number, base)
-            folders.append(RunFolder(self.path / f"round-{number}", config))
+            folders.append(RunFolder(self.path / f"round-{number}", config, self.rows))
             base = folders[-1].model(self.config.model_name)
         return folders
 
@@ -152,10 +157,13 @@ class RunFolder(StageFolder):
         else:
             self.forget(stage)
 
-    def begin_training(self, name: str, settings: Mapping[str, Any]) -> None:
+    def begin_training(self, name: str) -> None:
         """`begin` the training of the model of that name; one that came to nothing is forgotten."""
-        from_main_process(partial(self._forget_training, name))
-        self.begin(self.training(name), settings)
+        from_main_process(partial(self._begin_training, name))
+
+    def _begin_training(self, name: str) -> None:
+        self._forget_training(name)
+        self.begin(self.training(name), train_settings(self.config, self.rows, name))
 
     def has_trained(self, name: str) -> bool:
         """Whether something came of the training of the model of that name."""

@@ -17,7 +17,7 @@ from bonbon.groups.shards import shard_paths
 from bonbon.rewards.identity import changed_digest, is_digest, same_value
 from bonbon.system.atomic_files import read_json, remove_torn, write_json, write_text
 from bonbon.system.errors import BonbonError
-from bonbon.system.processes import from_main_process, is_main_process, wait_for_everyone
+from bonbon.system.processes import is_main_process, wait_for_everyone
 
 
 class StageFolder:
@@ -75,10 +75,10 @@ class StageFolder:
             )
 
     def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
-        """Note a stage's settings, or `compare` them with those it was begun with."""
-        from_main_process(lambda: self._begin(stage, settings))
+        """Note a stage's settings, or `compare` them with those it was begun with.
 
-    def _begin(self, stage: str, settings: Mapping[str, Any]) -> None:
+        Of processes that train together the main one alone calls this.
+        """
         self.compare(stage, settings)
         noted, asked = self.noted(stage), binding(settings)
         if noted is None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from bonbon.config.sampling import SamplingConfig
 from bonbon.groups.prompts import EncodedPrompt, PromptRow
 from bonbon.models.loading import apply_chat_template
 from bonbon.models.padding import kept_when_cut
@@ -16,6 +17,24 @@ OnLongPrompt = Literal["error", "skip", "truncate"]
 
 
 _LONG_NAMED = 10  # prompts that an error names
+
+
+def prompts_for(
+    rows: Iterable[PromptRow], tokenizer: Tokenizer, context: int | None, sampling: SamplingConfig
+) -> Iterator[EncodedPrompt]:
+    """Prompts as a sampler of these settings reads them; see `iter_encoded`.
+
+    `context` is the most tokens that a prompt and its completion may have; None: any number.
+    """
+    max_tokens = None if context is None else prompt_room(context, sampling)
+    return iter_encoded(
+        rows, tokenizer, max_tokens=max_tokens, on_long_prompt=sampling.on_long_prompt
+    )
+
+
+def prompt_room(context: int, sampling: SamplingConfig) -> int:
+    """The tokens that a context leaves for a prompt beside the longest completion."""
+    return context - sampling.max_new_tokens
 
 
 def encode_prompts(

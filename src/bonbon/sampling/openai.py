@@ -39,7 +39,7 @@ from bonbon.remote.completions_api import (
     text_of,
 )
 from bonbon.sampling.completion_text import completion_text
-from bonbon.sampling.encoding import encode_prompts
+from bonbon.sampling.encoding import encode_prompts, prompts_for
 from bonbon.sampling.random_streams import request_seed
 from bonbon.system.errors import BonbonError
 
@@ -111,14 +111,9 @@ class OpenAISampler:
         self._server = Server(settings, "sampler")
 
     def encode(self, rows: Sequence[PromptRow]) -> list[EncodedPrompt]:
-        """Encode prompts for the shorter of the policy's and the server's context."""
+        """See `Sampler.encode`; the context is the shorter of the policy's and the server's."""
         known = [length for length in (self.context, self.terms.context) if length is not None]
-        return encode_prompts(
-            rows,
-            self.tokenizer,
-            max_tokens=min(known) - self.config.max_new_tokens if known else None,
-            on_long_prompt=self.config.on_long_prompt,
-        )
+        return list(prompts_for(rows, self.tokenizer, min(known, default=None), self.config))
 
     def sample(
         self, prompts: Sequence[EncodedPrompt], progress: Callable[[int], Any] | None = None

@@ -16,7 +16,7 @@ class Sampler(Protocol):
     config: SamplingConfig
 
     def encode(self, rows: Sequence[PromptRow]) -> list[EncodedPrompt]:
-        """Encode prompts as the model reads them. Raises BonbonError as `encode_prompts` does."""
+        """Encode prompts as the model reads them. Raises BonbonError as `iter_encoded` does."""
         ...
 
     def sample(

@@ -14,7 +14,7 @@ from bonbon.groups.prompts import EncodedPrompt, PromptRow
 from bonbon.models.loading import context_length, devices_of
 from bonbon.models.padding import token_batches
 from bonbon.sampling.cost import Candidates, Cost, timed
-from bonbon.sampling.encoding import encode_prompts
+from bonbon.sampling.encoding import prompts_for
 from bonbon.sampling.generation_loop import Decoder, Row, Rows
 from bonbon.system.errors import BonbonError
 
@@ -53,14 +53,8 @@ class TransformersSampler:
         self.stop = stop
 
     def encode(self, rows: Sequence[PromptRow]) -> list[EncodedPrompt]:
-        """`encode_prompts` for this model's context and this sampler's settings."""
-        context = context_length(self.model)
-        return encode_prompts(
-            rows,
-            self.tokenizer,
-            max_tokens=None if context is None else context - self.config.max_new_tokens,
-            on_long_prompt=self.config.on_long_prompt,
-        )
+        """See `Sampler.encode`."""
+        return list(prompts_for(rows, self.tokenizer, context_length(self.model), self.config))
 
     def described(self) -> dict[str, Any]:
         """See `Sampler.described`."""

@@ -26,7 +26,7 @@ from bonbon.models.vllm_engine import (
     model_place,
 )
 from bonbon.sampling.completion_text import completion_text
-from bonbon.sampling.encoding import encode_prompts
+from bonbon.sampling.encoding import prompt_room, prompts_for
 from bonbon.sampling.random_streams import request_seed
 from bonbon.system.atomic_files import read_json
 from bonbon.system.errors import BonbonError
@@ -146,12 +146,7 @@ class VllmSampler:
 
     def encode(self, rows: Sequence[PromptRow]) -> list[EncodedPrompt]:
         """See `Sampler.encode`."""
-        return encode_prompts(
-            rows,
-            self.tokenizer,
-            max_tokens=self.engine.max_model_len - self.config.max_new_tokens,
-            on_long_prompt=self.config.on_long_prompt,
-        )
+        return list(prompts_for(rows, self.tokenizer, self.engine.max_model_len, self.config))
 
     def sample(
         self, prompts: Sequence[EncodedPrompt], progress: Callable[[int], Any] | None = None
@@ -180,7 +175,7 @@ class VllmSampler:
 
     def _check(self, prompts: Sequence[EncodedPrompt]) -> None:
         """Refuses what vLLM would answer with shorter completions or by dying."""
-        room = self.engine.max_model_len - self.config.max_new_tokens
+        room = prompt_room(self.engine.max_model_len, self.config)
         for prompt in prompts:
             if len(prompt.token_ids) > room:
                 raise BonbonError(

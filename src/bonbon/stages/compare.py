@@ -7,12 +7,13 @@ folder of a run (its trained model), or `base`. DECODING is a comma-separated li
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bonbon.config.evaluation import is_policy_name
 from bonbon.config.run import RunConfig, load_config
@@ -21,12 +22,12 @@ from bonbon.evaluation.results import Evaluation
 from bonbon.groups.prompts import PromptRow
 from bonbon.groups.shards import shard_paths
 from bonbon.runs.fingerprints import sampler_settings
-from bonbon.runs.prompts import evaluation_prompts, trained_on
+from bonbon.runs.prompts import RunPrompts
 from bonbon.runs.run_folder import RunFolder
 from bonbon.stages.checks import check_config
-from bonbon.stages.evaluate import evaluate_policies, write_evaluation
-from bonbon.stages.measure import BASE, Policy, drawn_folder
-from bonbon.system.digests import file_digest, weights_digest
+from bonbon.stages.evaluate import evaluation_of, write_evaluation
+from bonbon.stages.measure import BASE, Policy, drawn_folder, measure_policies
+from bonbon.system.digests import weights_digest
 from bonbon.system.errors import BonbonError
 
 _DECODINGS = "best-of-N, temperature=T, top_p=P, top_k=K"
@@ -122,15 +123,15 @@ def compare(folder: RunFolder, specs: Sequence[PolicySpec]) -> Evaluation:
                 f"two policies are called {policy.name!r}; name one of them: NAME={spec.model}"
             )
         policies.append(policy)
-    rows = evaluation_prompts(config)
+    rows = folder.rows.evaluation()
     folder.refuse("sample", "rounds", "evaluate", what="a run")
     folder.refuse("generate", what="answers of `bonbon generate`")
-    folder.begin("compare", _settings(config))
+    folder.begin("compare", _settings(config, folder.rows))
     for policy in policies:
         if not shard_paths(drawn_folder(folder, policy.name)):
             folder.forget(f"compare-{policy.name}")
         folder.begin(f"compare-{policy.name}", _policy_settings(policy))
-    evaluation = evaluate_policies(folder, policies, rows)
+    evaluation = evaluation_of(folder, measure_policies(folder, policies, rows))
     about = {
         "main": None,
         "prompts_trained_on": _trained_on(specs, rows),
@@ -149,15 +150,15 @@ def _run_of(spec: PolicySpec) -> Path | None:
 
 def _trained_on(specs: Sequence[PolicySpec], rows: Sequence[PromptRow]) -> int | None:
     """Count the prompts that any of the runs was trained on; None where this is unknown."""
-    asked = [json.dumps(row.prompt) for row in rows]
-    seen: set[str] = set()
+    seen = np.zeros(len(rows), bool)
     for spec in specs:
         if (run := _run_of(spec)) is not None:
             try:
-                seen |= trained_on(load_config(run / "config.yaml"), set(asked))
+                prompts = RunPrompts(load_config(run / "config.yaml"))
+                seen |= prompts.trained_on(row.prompt for row in rows)
             except BonbonError:  # its prompts have been moved
                 return None
-    return sum(prompt in seen for prompt in asked)
+    return int(seen.sum())
 
 
 def _policy(spec: PolicySpec, config: RunConfig) -> Policy:
@@ -187,15 +188,15 @@ def _checked(config: RunConfig, spec: PolicySpec) -> Any:
         raise BonbonError(f"policy {spec.name!r}: {problems}") from error
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def _settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
     values = config.model_dump(mode="json", include={"model", "sampling"})
     drawing = {"prompts", "holdout", "k", "seed"}
     values["evaluation"] = config.evaluation.model_dump(mode="json", include=drawing)
     if config.evaluation.prompts is not None:
-        values["evaluation"]["prompts"]["content"] = file_digest(config.evaluation.prompts.path)
+        values["evaluation"]["prompts"]["content"] = prompts.digest(config.evaluation.prompts.path)
     else:
         values["prompts"] = config.prompts.model_dump(mode="json")
-        values["prompts"]["content"] = file_digest(config.prompts.path)
+        values["prompts"]["content"] = prompts.digest(config.prompts.path)
     return values | {"n": config.target_n} | sampler_settings(config)
 
 

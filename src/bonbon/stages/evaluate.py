@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -23,8 +22,7 @@ from bonbon.evaluation.judge import Comparison, judge_comparisons
 from bonbon.evaluation.results import Draws, Evaluation, HumanText, JudgeFigures, ModelEvaluation
 from bonbon.evaluation.win_rates import win_rate_figure
 from bonbon.groups.group import Group
-from bonbon.groups.prompts import PromptRow
-from bonbon.groups.shards import read_groups, shard_paths
+from bonbon.groups.shards import shard_paths
 from bonbon.report.model_card import model_card
 from bonbon.rewards.identity import reward_provenance, without_digests
 from bonbon.runs.fingerprints import (
@@ -32,7 +30,6 @@ from bonbon.runs.fingerprints import (
     rounds_settings,
     train_settings,
 )
-from bonbon.runs.prompts import evaluation_prompts, trained_on
 from bonbon.runs.run_folder import RunFolder
 from bonbon.runs.shard_work import spent
 from bonbon.stages.checks import check_config
@@ -45,15 +42,12 @@ from bonbon.system.progress import progress_bar
 SCHEMA_VERSION = 2
 
 
-def evaluate_policies(
-    folder: RunFolder, policies: Sequence[Policy], rows: Sequence[PromptRow]
-) -> Evaluation:
-    """Draw from, measure, judge and compare policies, the base model first.
+def evaluation_of(folder: RunFolder, measured: Mapping[str, Measured]) -> Evaluation:
+    """Judge and compare measured policies, the base model first.
 
-    Raises BonbonError when a model, a reward, a metric or the judge fails; draws, measurements and
-    judgements made before are kept.
+    Raises BonbonError when the judge fails; judgements made before are kept.
     """
-    measured = _on_common_prompts(measure_policies(folder, policies, rows))
+    measured = _on_common_prompts(measured)
     config = folder.config.evaluation
     evaluator = Evaluator(
         measured[BASE].draws.groups,
@@ -313,19 +307,19 @@ def evaluate(folder: RunFolder) -> Evaluation:
             command = "train" if config.rounds == 1 else "run"
             raise BonbonError(f"{folder.model(name)} does not exist; run `bonbon {command}` first")
         if config.rounds == 1:
-            settings = train_settings(config, name)
+            settings = train_settings(config, folder.rows, name)
             folder.compare(folder.training(name), without_digests(settings))
     if config.rounds > 1:
-        folder.compare("rounds", without_digests(rounds_settings(config)))
+        folder.compare("rounds", without_digests(rounds_settings(config, folder.rows)))
     # A reward that was edited is measured again, as others that are added later.
-    folder.begin("evaluate", without_digests(evaluation_settings(config)))
-    rows = evaluation_prompts(config)
-    known = trained_on(config, {json.dumps(row.prompt) for row in rows})
-    evaluation = evaluate_policies(folder, _policies(folder), rows)
-    seen = sum(json.dumps(it.prompt) in known for it in read_groups(folder.evaluation / BASE))
+    folder.begin("evaluate", without_digests(evaluation_settings(config, folder.rows)))
+    rows = folder.rows.evaluation()
+    measured = measure_policies(folder, _policies(folder), rows)
+    seen = folder.rows.trained_on(group.prompt for group in measured[BASE].draws.groups)
+    evaluation = evaluation_of(folder, measured)
     about = {
         "main": config.model_name,
-        "prompts_trained_on": seen,
+        "prompts_trained_on": int(seen.sum()),
         "prompts_left_out": len(rows) - evaluation.prompts,
     }
     write_evaluation(folder, evaluation, about)

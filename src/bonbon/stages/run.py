@@ -24,7 +24,7 @@ from bonbon.system.atomic_files import atomic_folder
 def sample_and_score(folder: RunFolder) -> None:
     """Sample and score: one after the other, or at the same time where the engine can do both."""
     if folder.config.engine.name == "local":
-        folder.check_data("score", score_settings(folder.config))
+        folder.check_data("score", score_settings(folder.config, folder.rows))
         sample(folder)
         score(folder)
         return
@@ -55,7 +55,7 @@ def _run_rounds(folder: RunFolder) -> None:
     steps = folder.rounds()
     if not any(step.has_trained(name) for step in steps for name in step.config.trainings):
         folder.forget("rounds")  # so that a training that failed at once can be changed
-    folder.begin("rounds", rounds_settings(config))
+    folder.begin("rounds", rounds_settings(config, folder.rows))
     check_trainings(steps[0])
     for step in steps:
         sample_and_score(step)

@@ -6,10 +6,9 @@ from bonbon.runs.fingerprints import (
     refuse_rounds,
     sample_settings,
 )
-from bonbon.runs.prompts import training_prompts
 from bonbon.runs.run_folder import RunFolder
 from bonbon.runs.shard_work import write_prompts
-from bonbon.sampling.encoding import iter_encoded
+from bonbon.sampling.encoding import prompts_for
 from bonbon.sampling.from_config import named_tokenizer
 from bonbon.stages.checks import check_config
 from bonbon.stages.engine import do_stages
@@ -29,17 +28,12 @@ def begin_sampling(folder: RunFolder) -> bool:
     refuse_rounds(config)
     folder.refuse("compare", what="a comparison")
     folder.refuse("generate", what="answers of `bonbon generate`")
-    folder.begin_data("sample", sample_settings(config))
+    folder.begin_data("sample", sample_settings(config, folder.rows))
     if folder.is_finished("sample", folder.samples):
         return False
     if not folder.store.is_finished("prompts", folder.prompts):
         tokenizer, context = named_tokenizer(config.model, config.sampler)
-        prompts = iter_encoded(
-            training_prompts(config),
-            tokenizer,
-            max_tokens=None if context is None else context - config.sampling.max_new_tokens,
-            on_long_prompt=config.sampling.on_long_prompt,
-        )
+        prompts = prompts_for(folder.rows.training(), tokenizer, context, config.sampling)
         shards = write_prompts(prompts, folder.prompts, config.sampling.shard_size)
         folder.store.finish("prompts", shards)
     return True

@@ -28,5 +28,5 @@ def begin_scoring(folder: RunFolder) -> bool:
     """Check what can be checked; whether there is something to score."""
     check_config(folder.config)
     refuse_rounds(folder.config)
-    folder.begin_data("score", score_settings(folder.config))
+    folder.begin_data("score", score_settings(folder.config, folder.rows))
     return not folder.is_finished("score", folder.groups)

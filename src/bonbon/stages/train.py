@@ -24,7 +24,7 @@ from bonbon.config.training import TrainConfig
 from bonbon.groups.prompts import is_held_out
 from bonbon.groups.shards import StoredGroups, open_groups
 from bonbon.models.loading import load_policy
-from bonbon.runs.fingerprints import refuse_rounds, train_settings
+from bonbon.runs.fingerprints import refuse_rounds
 from bonbon.runs.run_folder import RunFolder
 from bonbon.stages.checks import check_config
 from bonbon.system.atomic_files import atomic_folder, write_json
@@ -78,7 +78,7 @@ def _arguments(folder: RunFolder, name: str) -> BoNBoNConfig:
 
 def _train_one(folder: RunFolder, name: str) -> None:
     settings = folder.config.trainings[name]
-    folder.begin_training(name, train_settings(folder.config, name))
+    folder.begin_training(name)
     if from_main_process(folder.model(name).exists):
         return
     if not folder.is_finished("score", folder.groups):
