@@ -91,7 +91,7 @@ def frontier(
     plot: PlotPath = None,
     as_json: AsJson = False,
 ) -> None:
-    """What theory allows: best-of-n's win rate and KL, and the optimum beside them."""
+    """Return what theory allows: best-of-n's win rate and KL, and the optimum beside them."""
     with reported_errors():
         from bonbon.tilt.frontier import frontier_rows, parse_ns
 

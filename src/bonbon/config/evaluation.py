@@ -21,12 +21,12 @@ def _is_name(text: str) -> bool:
 
 
 def is_policy_name(text: str) -> bool:
-    """Whether the evaluation can call a policy so: it keeps what it draws in folders of endings."""
+    """Return whether a policy can have this name: its folders add endings to it."""
     return _is_name(text) and not text.endswith(("-prompts", "-samples", "-forward"))
 
 
 class JudgeClientSettings(Settings):
-    """How patient the judge's client is."""
+    """Timeouts and retries of the judge's client."""
 
     timeout: float = Field(60.0, gt=0, description="Seconds that a request may take.")
     retries: int = Field(

@@ -1,4 +1,4 @@
-"""What the fields of settings are marked with, and which settings they hold."""
+"""Marks on the fields of settings, and the settings that a field holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Neutral = Annotated[T, NeutralMark()]
 
 
 def is_neutral(field: FieldInfo) -> bool:
-    """Whether a setting is marked `Neutral`: it cannot change a result."""
+    """Return whether a setting is marked `Neutral`: it cannot change a result."""
     return any(isinstance(mark, NeutralMark) for mark in field.metadata)
 
 

@@ -47,7 +47,7 @@ def _argument_defaults(section: str) -> dict[str, Any]:
 
 
 def _is_neutral_key(key: str) -> bool:
-    """Whether a dotted key of a note leads to a setting that is marked `Neutral`."""
+    """Return whether a dotted key of a note leads to a setting that is marked `Neutral`."""
     first, *rest = key.split(".")
     if first in _SECTIONS:
         return _leads_to_neutral(_SECTIONS[first], rest[1:])

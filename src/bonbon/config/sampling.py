@@ -51,7 +51,7 @@ class PromptsConfig(Settings):
 
 
 class SamplingConfig(Settings):
-    """How completions are drawn. The defaults are the model's own distribution."""
+    """Settings of the draws. The defaults are the model's own distribution."""
 
     n: int = Field(8, ge=1, description="Completions of each prompt.")
     max_new_tokens: int = Field(128, ge=1, description="The longest completion, in tokens.")
@@ -73,12 +73,12 @@ class SamplingConfig(Settings):
 
     @property
     def truncates(self) -> bool:
-        """Whether top-k or top-p cuts tokens off the distribution."""
+        """Return whether top-k or top-p cuts tokens off the distribution."""
         return self.top_k > 0 or self.top_p < 1
 
 
 class VllmSettings(Settings):
-    """How vLLM runs a model (https://docs.vllm.ai: the names are those of `vllm.LLM`)."""
+    """Settings of vLLM; the names are those of `vllm.LLM` (https://docs.vllm.ai)."""
 
     tensor_parallel_size: Neutral[int] = Field(1, ge=1, description="GPUs that share each layer.")
     pipeline_parallel_size: Neutral[int] = Field(1, ge=1, description="GPUs that share the layers.")
@@ -108,7 +108,7 @@ class VllmSamplerConfig(VllmSettings):
 
 
 class EndpointSettings(Settings):
-    """Where an OpenAI-compatible server is."""
+    """Address and key of an OpenAI-compatible server."""
 
     base_url: Neutral[str] = Field(
         "http://127.0.0.1:8000/v1", description="Its address, up to /completions."
@@ -119,7 +119,7 @@ class EndpointSettings(Settings):
 
 
 class ClientSettings(Settings):
-    """How patient a server's client is."""
+    """Timeouts and retries of a server's client."""
 
     timeout: float = Field(120.0, gt=0, description="Seconds that one try may take.")
     deadline: float = Field(

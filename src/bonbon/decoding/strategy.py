@@ -1,4 +1,4 @@
-"""What every strategy is: settings that know how to spend n draws and which one to give back.
+"""The contract of a strategy: settings that spend n draws and choose one completion.
 
 A strategy is an immutable value, like a tilt: its fields are its configuration, and the number of
 candidates is always `sampling.n` (the mean number for best-of-Poisson, the most for adaptive n,

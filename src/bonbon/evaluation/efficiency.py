@@ -1,4 +1,4 @@
-"""What a policy achieves of best-of-n's gain, and of the least KL for its win rate."""
+"""Ratios of a policy's gain to best-of-n's, and of its KL to the least that wins as often."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def _check_ids(ids: _Ids, path: Path, id_column: str) -> None:
 
 
 def is_held_out(row: PromptRow | Group, fraction: float, split: str = "") -> bool:
-    """Whether a prompt belongs to the held-out `fraction`, by its hash.
+    """Return whether a prompt belongs to the held-out `fraction`, by its hash.
 
     So it does not depend on the order, and a prompt that occurs twice is on one side. Splits of
     different names are independent of each other, so a split of a split needs another name.

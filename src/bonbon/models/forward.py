@@ -60,7 +60,7 @@ _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def supports_cached_prompt(model: nn.Module) -> bool:
-    """Whether several completions can use one prompt's keys and values, with gradient.
+    """Return whether several completions can use one prompt's keys and values, with gradient.
 
     They cannot with recurrent or convolutional layers (whose states are not separate by row), with
     gradient checkpointing (which turns the cache off), or with virtual tokens (which shift every
@@ -74,7 +74,7 @@ def supports_cached_prompt(model: nn.Module) -> bool:
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Whether the forward pass takes position ids, and no virtual tokens shift them."""
+    """Return whether the forward pass takes position ids, and no virtual tokens shift them."""
     learned = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
     has_config = model_config(model) is not None
     return has_config and not learned and "position_ids" in forward_parameters(model)

@@ -142,7 +142,7 @@ def _prompt_cache(model: nn.Module, shared: _SharedRows, m: int) -> dict[str, An
 
 
 def supports_shared_prompt(model: nn.Module) -> bool:
-    """Whether a prompt can be computed once for several completions, with gradient."""
+    """Return whether a prompt can be computed once for several completions, with gradient."""
     return supports_packed_rows(model) or supports_cached_prompt(model)
 
 
@@ -182,7 +182,7 @@ def _block_mask(shared: _SharedRows) -> BlockMask:
 
 
 def supports_packed_rows(model: nn.Module) -> bool:
-    """Whether a model takes a block-sparse mask, with gradient: flex attention on a GPU.
+    """Return whether a model takes a block-sparse mask, with gradient: flex attention on a GPU.
 
     PyTorch has no backward pass for it on a CPU. Layers with sliding windows would use the mask
     instead of their own, so there must be none.
@@ -200,7 +200,7 @@ def supports_packed_rows(model: nn.Module) -> bool:
 
 
 def sharing_pays(rows: GroupRows) -> bool:
-    """Whether computing the prompt once is faster: it is where that saves a quarter of the tokens.
+    """Return whether computing the prompt once is faster: where it saves a quarter of the tokens.
 
     `benchmarks/training_step.py` measured this limit; about from there on less memory is taken too.
     Below it the second, short forward pass costs more than is saved.

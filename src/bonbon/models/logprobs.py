@@ -126,7 +126,7 @@ def _by_chunks(
 
 
 def _scales_logits(model: nn.Module) -> bool:
-    """Whether the configuration has a scale or a cap of the head's output.
+    """Return whether the configuration has a scale or a cap of the head's output.
 
     `_chunked_log_probs` would notice such an operation too, but only after a forward pass.
     """

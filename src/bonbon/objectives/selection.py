@@ -21,7 +21,7 @@ Selector = Callable[[Group], tuple[int, ...] | None]
 
 @dataclass(frozen=True)
 class SelectedGroup:
-    """What a selector takes of one group.
+    """The completions that a selector takes of one group.
 
     `completions` are token ids. `ref_logps` (summed over tokens, nats, under the base model) and
     `rewards` have one value for each completion.

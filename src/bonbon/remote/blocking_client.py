@@ -77,7 +77,7 @@ class Server:
         self._loop.close()
 
     def offer(self) -> Offer:
-        """What the server has.
+        """Return what the server has.
 
         A server of one model may list none, if the settings name it. Raises BonbonError when it
         does not say.

@@ -64,12 +64,12 @@ class RefusedError(Exception):
 
     @property
     def about_key(self) -> bool:
-        """Whether it is the key that is refused."""
+        """Return whether it is the key that is refused."""
         return self.status in (401, 403)
 
     @property
     def about_request(self) -> bool:
-        """Whether it is what this very request holds that is refused."""
+        """Return whether it is what this very request holds that is refused."""
         return self.status in (400, 413, 422)
 
 
@@ -102,7 +102,7 @@ class Client:
         await self._http.aclose()
 
     async def get(self, path: str, read: Callable[[Any], T]) -> T:
-        """What `read` makes of the reply to a small question, which waits for no turn; see `post`.
+        """Ask a small question, which waits for no turn; return what `read` makes of the reply.
 
         Soon given up, as others wait for it.
         """
@@ -120,7 +120,7 @@ class Client:
     async def post(
         self, path: str, body: dict[str, Any], read: Callable[[Any], T], cutoff: float
     ) -> T:
-        """What `read` makes of the reply to one request, tried again until `cutoff` (monotonic).
+        """Send a request, with retries until `cutoff` (monotonic); return what `read` makes of it.
 
         `read` raises FaultError for a reply that is no use, and LookupError, TypeError, ValueError
         or AttributeError for what is no reply at all.

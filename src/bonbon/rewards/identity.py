@@ -1,4 +1,4 @@
-"""What tells one reward from another, and what groups note of the reward that scored them."""
+"""The identity of a reward, and the note of it in the groups that it scored."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _DIGESTS = {
 
 
 def reward_provenance(reward: RewardConfig) -> dict[str, Any]:
-    """What groups note of the reward that scored them: its settings, defaults left out."""
+    """Return what groups note of the reward that scored them: its settings, defaults left out."""
     return reward.model_dump(mode="json", exclude_defaults=True)
 
 
 def reward_identity(reward: RewardConfig, *, defaults: bool = False) -> dict[str, Any]:
-    """What tells one reward from another, as plain values.
+    """Return what tells one reward from another, as plain values.
 
     These are its settings (with or without those at their `defaults`), a digest of the file that
     its function is written in as `code`, and one of its model's tensors as `weights`: of a folder,
@@ -60,7 +60,7 @@ def _model_folder(name: str, revision: str | None) -> Path:
 
 
 def same_reward(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two identities are of one reward; a digest that one of them lacks is not compared."""
+    """Return whether two identities are of one reward; a missing digest is not compared."""
     first, second = flatten({"reward": one}), flatten({"reward": other})
     return all(
         same_value(key, first.get(key), second.get(key)) for key in first.keys() | second.keys()
@@ -68,12 +68,12 @@ def same_reward(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def is_digest(key: str) -> bool:
-    """Whether a flattened key of a stage's settings is that of a digest of its `reward`."""
+    """Return whether a flattened key of a stage's settings is that of a digest of its `reward`."""
     return re.fullmatch(rf"reward\.(sum\.\d+\.)*({'|'.join(_DIGESTS)})", key) is not None
 
 
 def same_value(key: str, one: Any, other: Any) -> bool:
-    """Whether a flattened setting is the same; unknown digests are taken to be."""
+    """Return whether a flattened setting is the same; unknown digests are taken to be."""
     return one == other or (is_digest(key) and None in (one, other))
 
 

@@ -1,4 +1,4 @@
-"""What the output of each stage depends on, as plain values: two runs that differ in it differ."""
+"""The fingerprint of each stage: the settings that its output depends on, as plain values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bonbon.system.errors import BonbonError
 
 
 def sample_settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
-    """What the draws depend on, the prompts' file by its content."""
+    """Return what the draws depend on, the prompts' file by its content."""
     values = config.model_dump(mode="json", include={"model", "prompts", "sampling", "rounds"})
     values["prompts"]["content"] = prompts.digest(config.prompts.path)
     if config.evaluation.prompts is None:
@@ -27,20 +27,20 @@ def sampler_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def score_settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
-    """What the scored groups depend on."""
+    """Return what the scored groups depend on."""
     return sample_settings(config, prompts) | {
         "reward": reward_identity(config.reward, defaults=True)
     }
 
 
 def train_settings(config: RunConfig, prompts: RunPrompts, name: str) -> dict[str, Any]:
-    """What the model of that name depends on."""
+    """Return what the model of that name depends on."""
     settings = config.trainings[name].model_dump(mode="json")
     return score_settings(config, prompts) | {"train": settings}
 
 
 def evaluation_settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
-    """What the evaluation's draws depend on; rewards and metrics can be added to them later."""
+    """Return what the evaluation's draws depend on; rewards and metrics can be added later."""
     values = score_settings(config, prompts)
     values["trainings"] = {
         name: it.model_dump(mode="json") for name, it in config.trainings.items()
@@ -53,7 +53,7 @@ def evaluation_settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any
 
 
 def rounds_settings(config: RunConfig, prompts: RunPrompts) -> dict[str, Any]:
-    """What a run of several rounds depends on."""
+    """Return what a run of several rounds depends on."""
     trainings = {name: it.model_dump(mode="json") for name, it in config.trainings.items()}
     return score_settings(config, prompts) | {"trainings": trainings}
 

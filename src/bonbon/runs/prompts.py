@@ -23,7 +23,7 @@ _State = tuple[int, ...] | None  # of a file: when it was written, its size, its
 
 @dataclass(frozen=True)
 class _Parsed:
-    """What is kept of a prompts' file that was read to its end: 8 bytes a training prompt."""
+    """A summary of a prompts' file that was read to its end: 8 bytes a training prompt."""
 
     state: _State
     held_out: list[PromptRow]

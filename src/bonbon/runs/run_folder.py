@@ -28,7 +28,7 @@ from bonbon.system.storage import cannot_write, is_remote, reached, remove_folde
 
 
 class _Store(StageFolder):
-    """Where samples and groups lie apart from a run's folder, which keeps the configuration."""
+    """A store of samples and groups apart from the run's folder, which keeps the configuration."""
 
     _option = "storage"
 
@@ -72,7 +72,7 @@ class RunFolder(StageFolder):
         return folders
 
     def ways(self, stage: str) -> tuple[Path, Path]:
-        """Where the shards of the stage `sample` or `score` come from and go to."""
+        """Return where the shards of the stage `sample` or `score` come from and go to."""
         if stage == "sample":
             return self.prompts, self.samples
         return self.samples, self.groups
@@ -104,7 +104,7 @@ class RunFolder(StageFolder):
         self.finish(stage, len(done))
 
     def _is_anothers(self, stage: str) -> bool:
-        """Whether the store's note of a stage is not the one that this folder has."""
+        """Return whether the store's note of a stage is not the one that this folder has."""
         if self.store is self:
             return False
         own, other = self.noted(stage), self.store.noted(stage)
@@ -166,7 +166,7 @@ class RunFolder(StageFolder):
         self.begin(self.training(name), train_settings(self.config, self.rows, name))
 
     def has_trained(self, name: str) -> bool:
-        """Whether something came of the training of the model of that name."""
+        """Return whether something came of the training of the model of that name."""
         return self.model(name).exists() or self.last_checkpoint(name) is not None
 
     def _forget_training(self, name: str) -> None:
@@ -183,7 +183,7 @@ class RunFolder(StageFolder):
             remove_folder(self.prompts)
 
     def model(self, name: str) -> Path:
-        """Where the model of that name is put."""
+        """Return where the model of that name is put."""
         if name == self.config.model_name:
             return self.path / "model"
         return self.path / "baselines" / name
@@ -193,7 +193,7 @@ class RunFolder(StageFolder):
         return "train" if name == self.config.model_name else f"train-baseline-{name}"
 
     def checkpoints(self, name: str) -> Path:
-        """Where the checkpoints of a training lie until it is done."""
+        """Return where the checkpoints of a training lie until it is done."""
         return self._notes / f"{self.training(name)}-checkpoints"
 
     def last_checkpoint(self, name: str) -> Path | None:

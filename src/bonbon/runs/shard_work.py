@@ -1,4 +1,4 @@
-"""What the stages share: loading what a configuration names, and working through shards."""
+"""Work on shards: the prompts of a run as shards, and stages that transform them one by one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Transform = Callable[[Sequence[Group], Progress], list[Group]]
 
 @dataclass(frozen=True)
 class ShardWork:
-    """What a stage makes of a shard: the groups of `source`, transformed, into `target`.
+    """A stage's work on shards: the groups of `source`, transformed, into `target`.
 
     Whoever calls it, in whichever process and order: a shard's output depends on the shard alone.
     `provenance` is what `target` notes beside what `source` does.

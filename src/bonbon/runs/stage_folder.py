@@ -144,13 +144,13 @@ class StageFolder:
         write_json(self._notes / f"{stage}.done.json", {"shards": shards})
 
     def is_finished(self, stage: str, output: Path) -> bool:
-        """Whether a stage was finished and its shards are still all there."""
+        """Return whether a stage was finished and its shards are still all there."""
         note = self._notes / f"{stage}.done.json"
         return note.exists() and read_json(note)["shards"] == len(shard_paths(output))
 
 
 def _difference(key: str, noted: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """What differs, in words; None for a digest of what another setting names by another name."""
+    """Describe a difference; None for the digest of a reward that has another name by now."""
     if is_digest(key):
         return changed_digest(key, noted, wanted)
     return f"{key} was {noted.get(key)!r} and is now {wanted.get(key)!r}"

@@ -92,7 +92,7 @@ def _named(model: ModelConfig) -> dict[str, Any]:
 
 
 def sampler_provenance(sampler: Sampler, model: ModelConfig) -> dict[str, Any]:
-    """What the groups of a sampler note of it."""
+    """Return what the groups of a sampler note of it."""
     return {
         "model": model.name,
         "revision": model.revision,

@@ -185,7 +185,7 @@ class Rows:
 
     @property
     def finished(self) -> list[bool]:
-        """Whether each row has ended: at an end token, a stop string or the full length."""
+        """Return whether each row has ended: at an end token, a stop string or the full length."""
         return list(self._finished.tolist())
 
     def lengths(self) -> list[int]:

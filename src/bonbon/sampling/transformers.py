@@ -64,7 +64,7 @@ class TransformersSampler:
         """See `Sampler.close`; the model is its owner's."""
 
     def decoder(self, progress: Callable[[int], Any] | None = None) -> Decoder:
-        """What `Rows` of this sampler are drawn by."""
+        """Return what `Rows` of this sampler are drawn by."""
         return Decoder(self.model, self.tokenizer, self.config, self.stream, self.stop, progress)
 
     def sample(

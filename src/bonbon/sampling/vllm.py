@@ -39,7 +39,7 @@ _TEMPERATURES = (0.01, 2.0)  # vLLM raises a lower one to 0.01 and refuses a hig
 
 @dataclass(frozen=True)
 class _Weights:
-    """Where a policy's weights are: a model, and an adapter over it where there is one."""
+    """The folders of a policy's weights: a model, and an adapter over it where there is one."""
 
     model: str
     revision: str | None
@@ -66,7 +66,7 @@ class _Weights:
         return cls(base, revision, folder, rank)
 
     def arguments(self) -> dict[str, Any]:
-        """What `vllm.LLM` is told of them."""
+        """Return what `vllm.LLM` is told of them."""
         named = {"model": self.model, "revision": self.revision}
         if self.adapter is None:
             return named

@@ -76,7 +76,7 @@ class MeasuredColumn:
     compute: Callable[[list[Group]], list[Group]]
 
     def is_of(self, settings: Mapping[str, Any] | None) -> bool:
-        """Whether a column that was computed with these settings is this one."""
+        """Return whether a column that was computed with these settings is this one."""
         return settings is not None and same_reward(settings, self.settings)
 
 

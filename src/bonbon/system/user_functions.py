@@ -68,7 +68,7 @@ def _file_of(module: str, function: str, seen: frozenset[str]) -> Path | None:
 
 
 def _spec_of(module: str) -> ModuleSpec | None:
-    """Where a module is; unlike `importlib.util.find_spec` it imports no package around it."""
+    """Find a module; unlike `importlib.util.find_spec`, import no package around it."""
     spec: ModuleSpec | None = None
     path: Sequence[str] | None = None
     name = ""

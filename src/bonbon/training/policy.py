@@ -54,7 +54,7 @@ def _with_adapter(model: Any, peft_config: PeftConfig, seed: int) -> Any:
 
 
 def _has_experts(model: nn.Module) -> bool:
-    """Whether the model has experts, so that a step may leave some weights unused."""
+    """Return whether the model has experts, so that a step may leave some weights unused."""
     return any("expert" in name for name, _ in model.named_modules())
 
 

@@ -24,7 +24,7 @@ FILE = "reference_logps.safetensors"
 
 
 def wants_recomputing(setting: str | None, provenance: Mapping[str, Any]) -> bool:
-    """Whether to recompute: as the setting says, or if it is None, where another engine drew."""
+    """Return whether to recompute: the setting, or if it is None, whether another engine drew."""
     if setting is not None:
         return setting == "recompute"
     return provenance.get("sampler", "transformers") != "transformers"
