@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import logging
@@ -16,8 +17,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,13 +37,14 @@ from bonbon.evaluation.judge import (
     Comparison,
     Judgement,
     client,
-    endpoint,
     judge_comparisons,
     parse_verdict,
     questions,
     read_judgements,
 )
 from bonbon.groups.group import Prompt
+from bonbon.remote import client as remote_client
+from bonbon.remote.client import FaultError
 from bonbon.remote.endpoints import is_local
 from bonbon.system.errors import BonbonError
 
@@ -942,15 +945,33 @@ class Waits(threading.Event):
         return False
 
 
+@contextmanager
+def answered(
+    answer: Callable[[httpx.Request], httpx.Response], **changes: Any
+) -> Iterator[client.Judge]:
+    """A judge that gets these responses, without a connection."""
+    with client.connected(config_of("http://judge/v1", **changes)) as asked:
+        asked.client._client._http = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+        yield asked
+
+
 def waits_for(responses: list[httpx.Response], retries: int) -> list[float]:
     """The pauses between the tries of one request that is answered so."""
     waits, answers = Waits(), iter(responses)
-    http = httpx.Client(transport=httpx.MockTransport(lambda _: next(answers)))
-    asked = endpoint.Judge(config_of("http://judge/v1", retries=retries), http, "", waits)
-    try:
-        client._judge_one(asked, "key", questions.Question(one(), False))
-    except endpoint.NoReplyError:
-        assert next(answers, None) is None
+
+    async def pause(_: Any, seconds: float) -> None:
+        waits.wait(seconds)
+
+    with (
+        answered(lambda _: next(answers), retries=retries) as asked,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(remote_client.Client, "_pause", pause)
+        asked = replace(asked, stop=waits)
+        try:
+            client._judge_one(asked, "key", questions.Question(one(), False))
+        except FaultError:
+            assert next(answers, None) is None
     return waits.seconds
 
 
@@ -974,16 +995,17 @@ def test_pauses_grow_to_a_minute_or_are_what_the_server_asks_for(
 
 
 def test_a_reply_that_trickles_is_cut_at_the_timeout() -> None:
-    def trickle() -> Iterator[bytes]:
+    async def trickle() -> AsyncIterator[bytes]:
         for byte in completion_of("[[A]]"):
-            time.sleep(0.002)
+            await asyncio.sleep(0.002)
             yield bytes([byte])
 
-    http = httpx.Client(
-        transport=httpx.MockTransport(lambda _: httpx.Response(200, content=trickle()))
-    )
-    asked = endpoint.Judge(config_of("http://judge/v1", timeout=0.05, retries=0), http, "")
-    with pytest.raises(endpoint.NoReplyError, match="ReadTimeout"):
+    with (
+        answered(
+            lambda _: httpx.Response(200, content=trickle()), timeout=0.05, retries=0
+        ) as asked,
+        pytest.raises(FaultError, match=r"took longer than 0\.05 seconds"),
+    ):
         client._judge_one(asked, "key", questions.Question(one(), False))
 
 

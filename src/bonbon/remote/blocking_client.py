@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -11,9 +12,9 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from bonbon.config.sampling import ServerSettings
-from bonbon.remote.client import Client, FaultError, RefusedError
+from bonbon.remote.client import Client, FaultError, Pauses, RefusedError
 from bonbon.remote.completions_api import Offer, read_offer
-from bonbon.remote.endpoints import checked_endpoint, redacted
+from bonbon.remote.endpoints import Endpoint, checked_endpoint, redacted
 from bonbon.system.errors import BonbonError, UnavailableError
 
 T = TypeVar("T")
@@ -47,25 +48,34 @@ class RefusedServerError(RefusedRequestError, UnavailableError):
     """A server that refuses whatever it is asked."""
 
 
-class Server:
-    """A server, asked from any thread, with or without an event loop running in it.
+class BlockingClient:
+    """A `Client`, asked from any thread, with or without an event loop running in it.
 
-    The connections live in a loop and a thread of their own until `close`. `section` is what errors
-    call the settings.
-
-    Raises BonbonError when the address or the key cannot be used.
+    The connections live in a loop and a thread of their own until `close`. The arguments are those
+    of `Client`.
     """
 
-    def __init__(self, settings: ServerSettings, section: str) -> None:
-        self.settings = settings
-        self._section = section
-        self._endpoint = checked_endpoint(settings.base_url, settings.api_key_env, section)
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        timeout: float,
+        retries: int,
+        concurrency: int,
+        pauses: Pauses | None = None,
+    ) -> None:
+        async def connected() -> Client:
+            return Client(
+                endpoint, timeout=timeout, retries=retries, concurrency=concurrency, pauses=pauses
+            )
+
+        self.endpoint = endpoint
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="bonbon-server", daemon=True
         )
         self._thread.start()
-        self._client = self._wait(self._connected())
+        self._client = self._wait(connected())
 
     def close(self) -> None:
         """Give up what is asked and close the connections. A second call does nothing."""
@@ -75,6 +85,45 @@ class Server:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def stop(self) -> None:
+        """See `Client.stop`."""
+        self._loop.call_soon_threadsafe(self._client.stop)
+
+    def post(
+        self, path: str, body: dict[str, Any], read: Callable[[Any], T], cutoff: float = math.inf
+    ) -> T:
+        """See `Client.post`. Raises CancelledError, of `concurrent.futures`, when it is closed."""
+        return self._wait(self._client.post(path, body, read, cutoff))
+
+    async def _ended(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
+
+    def _wait(self, work: Coroutine[Any, Any, U]) -> U:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+class Server(BlockingClient):
+    """A server, asked from any thread, with or without an event loop running in it.
+
+    `section` is what errors call the settings.
+
+    Raises BonbonError when the address or the key cannot be used.
+    """
+
+    def __init__(self, settings: ServerSettings, section: str) -> None:
+        self.settings = settings
+        self._section = section
+        super().__init__(
+            checked_endpoint(settings.base_url, settings.api_key_env, section),
+            timeout=settings.client.timeout,
+            retries=settings.client.retries,
+            concurrency=settings.concurrency,
+        )
 
     def offer(self) -> Offer:
         """Return what the server has.
@@ -89,7 +138,7 @@ class Server:
                 return Offer((self.settings.model,), {})
             raise self._error("its models", refusal) from refusal
         except FaultError as fault:  # no request is at fault
-            reason = redacted(str(fault), self._endpoint.secret)
+            reason = redacted(str(fault), self.endpoint.secret)
             raise UnavailableError(
                 f"the server at {self.settings.base_url} did not give its models: {reason}; wait "
                 f"until it answers, or correct {self._section}.base_url"
@@ -120,22 +169,6 @@ class Server:
 
     # --- in the loop's thread ---------------------------------------------------------------------
 
-    async def _connected(self) -> Client:
-        settings = self.settings
-        return Client(
-            self._endpoint,
-            timeout=settings.client.timeout,
-            retries=settings.client.retries,
-            concurrency=settings.concurrency,
-        )
-
-    async def _ended(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._client.close()
-
     async def _answers(self, requests: Sequence[Request[T]], note: Callable[[T], Any]) -> list[T]:
         answers: dict[int, T] = {}
         waiting = iter(enumerate(requests))
@@ -164,7 +197,7 @@ class Server:
 
     def _error(self, name: str, error: FaultError | RefusedError) -> BonbonError:
         where = f"the server at {self.settings.base_url}"
-        reason = redacted(str(error), self._endpoint.secret)
+        reason = redacted(str(error), self.endpoint.secret)
         if isinstance(error, RefusedError):
             message = f"{where} refuses {name}: {reason}"
             refused = RefusedRequestError if error.about_request else RefusedServerError
@@ -183,6 +216,3 @@ class Server:
             f"{section}.timeout = {client.timeout:g} and {section}.deadline = "
             f"{client.deadline:g} seconds"
         )
-
-    def _wait(self, work: Coroutine[Any, Any, U]) -> U:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()

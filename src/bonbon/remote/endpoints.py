@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import random
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,12 +153,3 @@ def server_message(content: bytes, secret: str, longest: int = 200) -> str:
 def redacted(text: str, secret: str) -> str:
     """Replace the key in a text."""
     return text if len(secret) < _SHORTEST_SECRET else text.replace(secret, "[key]")
-
-
-def backoff(attempt: int, first: float, longest: float) -> float:
-    """Return the seconds before the next try: doubled after each, up to `longest`.
-
-    Varied at random by up to a quarter, so that requests that failed together are not repeated
-    together.
-    """
-    return min(first * 2.0 ** min(attempt, 30), longest) * random.uniform(0.75, 1.25)

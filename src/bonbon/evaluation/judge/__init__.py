@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bonbon.config.evaluation import JudgeConfig
-from bonbon.evaluation.judge.client import ask_all
-from bonbon.evaluation.judge.endpoint import NoReplyError, connected, url_of
+from bonbon.evaluation.judge.client import ask_all, connected, url_of
 from bonbon.evaluation.judge.questions import (
     Comparison,
     key_of,
@@ -41,6 +40,7 @@ from bonbon.evaluation.judge.store import (
     open_judgements,
     read_judgements,
 )
+from bonbon.remote.client import FaultError
 from bonbon.system.errors import BonbonError
 
 __all__ = ["Comparison", "Judgement", "judge_comparisons", "parse_verdict", "read_judgements"]
@@ -66,9 +66,9 @@ def judge_comparisons(
     A request with a temporary failure (no connection, timeout, status 408, 409, 425, 429 or 5xx, an
     answer without a reply in it) is retried up to `config.client.retries` times, with pauses that
     double up to a minute or are as long as the server asks for. A reply without a verdict is asked
-    for again as often, with short pauses. A request that the judge refuses for its content (status
-    400, 413 or 422: too long, or filtered) is kept as one without a verdict, unless the judge
-    refuses all requests.
+    for again as often, with short pauses; each time the server has its retries. A request that the
+    judge refuses for its content (status 400, 413 or 422: too long, or filtered) is kept as one
+    without a verdict, unless the judge refuses all requests.
 
     The key is sent only to an https address or to this machine itself. Redirects are not followed,
     and requests to this machine bypass any proxy.
@@ -93,7 +93,7 @@ def judge_comparisons(
                     report,
                     has_replied,
                 )
-    except NoReplyError as error:
+    except FaultError as error:
         raise BonbonError(
             f"the judge at {url_of(config)} does not answer ({error}); "
             f"{len(questions.keys() & known.keys())} of {len(questions)} judgements are kept in "

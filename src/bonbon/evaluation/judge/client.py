@@ -1,23 +1,29 @@
-"""Asking a judge many questions at a time: workers, tries and the pauses between them."""
+"""Asking a judge many questions at a time: workers, replies without a verdict, and refusals."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
-from bonbon.evaluation.judge.endpoint import Judge, NoReplyError, RefusedError, ask
+from tenacity import RetryCallState, Retrying, retry_if_result, stop_after_attempt
+
+from bonbon.config.evaluation import JudgeConfig
 from bonbon.evaluation.judge.questions import Question, parse_verdict, request_of
 from bonbon.evaluation.judge.store import Judgement
-from bonbon.remote.endpoints import backoff, redacted
+from bonbon.remote.blocking_client import BlockingClient, RefusedRequestError
+from bonbon.remote.client import FaultError, Pauses, RefusedError
+from bonbon.remote.endpoints import checked_endpoint, message_text, redacted
+from bonbon.system.errors import BonbonError
 
 # Seconds.
 _FIRST_PAUSE = 0.5
 _LONGEST_PAUSE = 60.0
+_LONGEST_RETRY_AFTER = 600.0  # that a server may ask for
 _GRACE = 2.0  # for the requests under way when a run is stopped
 
 _Todo = SimpleQueue[tuple[str, Question] | None]
@@ -27,12 +33,45 @@ _Outcomes = SimpleQueue["Judgement | _Refused | Exception"]
 _MOST_REFUSED = 8
 
 
+_PATH = "chat/completions"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge's server, and what the workers that ask it share."""
+
+    config: JudgeConfig
+    client: BlockingClient
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def connected(config: JudgeConfig) -> Iterator[Judge]:
+    """A judge that may be asked. Raises BonbonError when its address or the key cannot be used."""
+    client = BlockingClient(
+        checked_endpoint(config.base_url, config.api_key_env, "judge"),
+        timeout=config.client.timeout,
+        retries=config.client.retries,
+        concurrency=config.concurrency,
+        pauses=Pauses(_FIRST_PAUSE, _LONGEST_PAUSE, _LONGEST_RETRY_AFTER),
+    )
+    try:
+        yield Judge(config, client)
+    finally:
+        client.close()
+
+
+def url_of(config: JudgeConfig) -> str:
+    """Where requests go."""
+    return f"{config.base_url.rstrip('/')}/{_PATH}"
+
+
 @dataclass(frozen=True)
 class _Refused:
     """A request that the endpoint refused, as the judgement without a verdict that it may be."""
 
     judgement: Judgement
-    error: RefusedError
+    error: RefusedRequestError
 
 
 def ask_all(
@@ -84,6 +123,7 @@ def ask_all(
             raise waiting[0].error
     finally:
         judge.stop.set()
+        judge.client.stop()
         _wind_up(workers, todo, outcomes, keep)
 
 
@@ -91,7 +131,7 @@ def _work(judge: Judge, todo: _Todo, outcomes: _Outcomes) -> None:
     while (item := todo.get()) is not None and not judge.stop.is_set():
         try:
             outcomes.put(_judge_one(judge, *item))
-        except RefusedError as error:
+        except RefusedRequestError as error:
             outcomes.put(_Refused(_judgement(*item, None, str(error)), error))
         except Exception as error:  # raised again by the thread that reads the outcomes
             outcomes.put(error)
@@ -117,36 +157,65 @@ def _wind_up(
 
 
 def _judge_one(judge: Judge, key: str, question: Question) -> Judgement:
-    """Ask until there is a verdict or the retries are used up.
+    """Ask until there is a verdict or the retries are used up; the last reply is kept.
 
-    A server that does not answer and a reply without a verdict have their retries each.
+    Raises FaultError where the server does not answer, RefusedRequestError for what may be this
+    request's fault alone, and BonbonError for any other refusal.
     """
-    request = json.dumps(request_of(judge.config, question), ensure_ascii=False)
-    body = request.encode(errors="replace")  # servers refuse lone surrogates, escaped or not
-    failed = unread = 0
-    while True:
-        try:
-            reply, is_whole = ask(judge, body, question.comparison.prompt_id)
-            verdict = parse_verdict(reply) if is_whole else None
-            if verdict is not None or unread == judge.config.client.retries:
-                return _judgement(key, question, verdict, redacted(reply, judge.secret))
-            unread += 1
-            pause = _pause(0)
-        except NoReplyError as error:
-            if failed == judge.config.client.retries:
-                raise
-            pause = max(_pause(failed), error.retry_after)
-            failed += 1
-        if judge.stop.wait(pause):
-            raise NoReplyError("stopped")
+
+    def pause(seconds: float) -> None:
+        if judge.stop.wait(seconds):
+            raise FaultError("stopped")
+
+    def last(state: RetryCallState) -> Judgement:
+        assert state.outcome is not None
+        judgement: Judgement = state.outcome.result()
+        return judgement
+
+    asking = Retrying(
+        retry=retry_if_result(lambda judgement: judgement.verdict is None),
+        wait=Pauses(_FIRST_PAUSE, _FIRST_PAUSE),  # a server that is well is asked again soon
+        stop=stop_after_attempt(judge.config.client.retries + 1),
+        sleep=pause,
+        retry_error_callback=last,
+    )
+    return asking(_ask, judge, key, question)
+
+
+def _ask(judge: Judge, key: str, question: Question) -> Judgement:
+    """Ask once. A reply that was cut at its limit of tokens never reached its last line."""
+    try:
+        reply, is_whole = judge.client.post(_PATH, request_of(judge.config, question), _read)
+    except RefusedError as refusal:
+        raise _refusal(judge, refusal, question.comparison.prompt_id) from refusal
+    verdict = parse_verdict(reply) if is_whole else None
+    return _judgement(key, question, verdict, redacted(reply, judge.client.endpoint.secret))
+
+
+def _read(reply: Any) -> tuple[str, bool]:
+    """Return the text of a reply, and whether it came to its own end."""
+    choice = reply["choices"][0]
+    is_whole = choice.get("finish_reason") != "length"
+    return message_text(choice["message"].get("content")), is_whole
+
+
+def _refusal(judge: Judge, refusal: RefusedError, prompt_id: str) -> BonbonError:
+    if refusal.about_key:
+        hint = refusal.message
+    elif refusal.status == 404:
+        hint = f"check judge.base_url, and judge.model, which is {judge.config.model!r}"
+    elif refusal.status < 400:
+        hint = "redirects are not followed; set judge.base_url to where it leads"
+    else:
+        hint = f"it was asked about prompt {prompt_id}"
+    message = (
+        f"the judge at {url_of(judge.config)} refuses with status {refusal.status} "
+        f"({refusal.server_text}); {hint}"
+    )
+    return RefusedRequestError(message, True) if refusal.about_request else BonbonError(message)
 
 
 def _judgement(key: str, question: Question, verdict: str | None, reply: str) -> Judgement:
     comparison = question.comparison
     place = (comparison.prompt_id, comparison.draw, question.swapped)
     return Judgement(key, *place, verdict, reply)
-
-
-def _pause(attempt: int) -> float:
-    """Seconds before the next try."""
-    return backoff(attempt, _FIRST_PAUSE, _LONGEST_PAUSE)
