@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,6 @@ _LONGEST_RETRY_AFTER = 600.0  # that a server may ask for
 _GRACE = 2.0  # for the requests under way when a run is stopped
 
 _Todo = SimpleQueue[tuple[str, Question] | None]
-_Outcomes = SimpleQueue["Judgement | _Refused | Exception"]
 
 # So many refusals before the first reply are the configuration's fault, not the requests'.
 _MOST_REFUSED = 8
@@ -74,6 +74,36 @@ class _Refused:
     error: RefusedRequestError
 
 
+_Outcome = Judgement | _Refused | Exception
+
+
+class _Outcomes:
+    """Outcomes of the workers, in order. One leaves once it is settled: no interrupt loses it.
+
+    A queue's `get` can be interrupted when it has taken an item out but not returned it.
+    """
+
+    def __init__(self) -> None:
+        self._arrived: deque[_Outcome] = deque()
+        self._bell: SimpleQueue[None] = SimpleQueue()
+
+    def put(self, outcome: _Outcome) -> None:
+        self._arrived.append(outcome)
+        self._bell.put(None)
+
+    def first(self) -> _Outcome:
+        """Wait for the first one that is not settled. Call it once for each."""
+        self._bell.get()
+        return self._arrived[0]
+
+    def settle_first(self) -> None:
+        self._arrived.popleft()
+
+    def judgements(self) -> list[Judgement]:
+        """Return those that are there and not settled."""
+        return [outcome for outcome in self._arrived if isinstance(outcome, Judgement)]
+
+
 def ask_all(
     judge: Judge,
     questions: Mapping[str, Question],
@@ -91,7 +121,7 @@ def ask_all(
     not keep a stopped process alive.
     """
     todo: _Todo = SimpleQueue()
-    outcomes: _Outcomes = SimpleQueue()
+    outcomes = _Outcomes()
     upcoming = iter(questions.items())
     workers = [
         threading.Thread(target=_work, args=(judge, todo, outcomes), daemon=True)
@@ -103,7 +133,7 @@ def ask_all(
             todo.put(next(upcoming))
         waiting: list[_Refused] = []
         for _ in questions:
-            outcome = outcomes.get()
+            outcome = outcomes.first()
             if isinstance(outcome, Exception):
                 raise outcome
             if isinstance(outcome, _Refused):
@@ -111,6 +141,7 @@ def ask_all(
             else:
                 has_replied = True
                 keep(outcome)
+            outcomes.settle_first()
             if has_replied:
                 for refused in waiting:
                     keep(refused.judgement)
@@ -150,10 +181,8 @@ def _wind_up(
     for worker in workers:
         if worker.ident is not None:  # it was started
             worker.join(max(0.0, deadline - time.monotonic()))
-    while not outcomes.empty():
-        outcome = outcomes.get()
-        if isinstance(outcome, Judgement):
-            keep(outcome)
+    for judgement in outcomes.judgements():
+        keep(judgement)
 
 
 def _judge_one(judge: Judge, key: str, question: Question) -> Judgement:
