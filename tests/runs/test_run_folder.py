@@ -65,7 +65,7 @@ def test_a_stranger_s_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_a_run_s_folder_is_taken_again(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
     with folder.locked():
-        folder.begin("sample", {})
+        folder.notes.begin("sample", {})
         folder.samples.mkdir()
     with folder.locked():
         assert folder.samples.is_dir()
@@ -87,8 +87,8 @@ def test_a_regular_file_as_folder_is_refused(tmp_path: Path, below: str) -> None
 def test_the_same_settings_go_on(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
     settings = dumped(folder.config, "model", "prompts", "sampling")
-    folder.begin("sample", settings)
-    folder.begin("sample", settings)
+    folder.notes.begin("sample", settings)
+    folder.notes.begin("sample", settings)
     assert parse_config_file(tmp_path / "config.yaml") == folder.config
 
 
@@ -111,18 +111,18 @@ def test_other_settings_are_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     first, second = folder_at(tmp_path), folder_at(tmp_path, **changes)
-    first.begin("sample", dumped(first.config, "model", "prompts", "sampling"))
+    first.notes.begin("sample", dumped(first.config, "model", "prompts", "sampling"))
     before = (tmp_path / ".bonbon" / "sample.json").read_text()
     with pytest.raises(BonbonError, match=named):
-        second.begin("sample", dumped(second.config, "model", "prompts", "sampling"))
+        second.notes.begin("sample", dumped(second.config, "model", "prompts", "sampling"))
     assert (tmp_path / ".bonbon" / "sample.json").read_text() == before
 
 
 def test_many_differences_are_cut_short(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
-    folder.begin("sample", {f"k{i}": 0 for i in range(8)})
+    folder.notes.begin("sample", {f"k{i}": 0 for i in range(8)})
     with pytest.raises(BonbonError, match=r"k4 was 0 and is now 1 and 3 more; choose"):
-        folder.begin("sample", {f"k{i}": 1 for i in range(8)})
+        folder.notes.begin("sample", {f"k{i}": 1 for i in range(8)})
 
 
 def test_neutral_settings_are_not_compared(tmp_path: Path) -> None:
@@ -136,17 +136,17 @@ def test_neutral_settings_are_not_compared(tmp_path: Path) -> None:
         reward={"sum": [part]},
     )
     for folder in (first, second):
-        folder.begin("score", dumped(folder.config, "model", "sampling", "reward"))
+        folder.notes.begin("score", dumped(folder.config, "model", "sampling", "reward"))
     third = folder_at(tmp_path, reward={"sum": [part | {"function": "b:g"}]})
     with pytest.raises(BonbonError, match=r"reward\.sum\.0\.function was 'a:f' and is now 'b:g'"):
-        third.begin("score", dumped(third.config, "model", "sampling", "reward"))
+        third.notes.begin("score", dumped(third.config, "model", "sampling", "reward"))
 
 
 def test_a_stage_is_compared_with_those_it_builds_on(tmp_path: Path) -> None:
     first, second = folder_at(tmp_path), folder_at(tmp_path, sampling={"temperature": 0.5})
-    first.begin("sample", dumped(first.config, "sampling"))
+    first.notes.begin("sample", dumped(first.config, "sampling"))
     with pytest.raises(BonbonError, match=r"sampling\.temperature was 1\.0 and is now 0\.5"):
-        second.begin("score", dumped(second.config, "sampling", "reward"))
+        second.notes.begin("score", dumped(second.config, "sampling", "reward"))
     assert not (tmp_path / ".bonbon" / "score.json").exists()
 
 
@@ -154,22 +154,22 @@ def test_a_stage_is_finished_while_its_shards_are_there(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
     folder.samples.mkdir()
     shards = [shard_path(folder.samples, index) for index in range(2)]
-    assert not folder.is_finished("sample", folder.samples)
+    assert not folder.notes.is_finished("sample", folder.samples)
     for shard in shards:
         shard.write_bytes(b"")
-    assert not folder.is_finished("sample", folder.samples)
-    folder.finish("sample", 2)
-    assert folder.is_finished("sample", folder.samples)
+    assert not folder.notes.is_finished("sample", folder.samples)
+    folder.notes.finish("sample", 2)
+    assert folder.notes.is_finished("sample", folder.samples)
     shards[0].unlink()
-    assert not folder.is_finished("sample", folder.samples)
+    assert not folder.notes.is_finished("sample", folder.samples)
 
 
 def test_a_broken_note_is_named(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
-    folder.begin("sample", {"n": 1})
+    folder.notes.begin("sample", {"n": 1})
     (tmp_path / ".bonbon" / "sample.json").write_text('{"n": ')
     with pytest.raises(BonbonError, match=r"cannot read .*sample\.json"):
-        folder.begin("sample", {"n": 1})
+        folder.notes.begin("sample", {"n": 1})
 
 
 # --- models and checkpoints -----------------------------------------------------------------------

@@ -358,14 +358,14 @@ def test_what_draws_and_scores_binds_and_how_does_not(
         "reward": {"server": {"base_url": "http://127.0.0.1:1"}},
     }
     before = RunFolder(tmp_path, parse_config(first))
-    before.begin("score", score_settings(before.config, before.rows))
+    before.notes.begin("score", score_settings(before.config, before.rows))
     config = parse_config(first | change)
     folder = RunFolder(tmp_path, config)
     if named is None:
-        folder.begin("score", score_settings(config, folder.rows))
+        folder.notes.begin("score", score_settings(config, folder.rows))
     else:
         with pytest.raises(BonbonError, match=named):
-            folder.begin("score", score_settings(config, folder.rows))
+            folder.notes.begin("score", score_settings(config, folder.rows))
 
 
 def test_long_prompts_are_all_counted_before_anything_is_drawn(

@@ -262,7 +262,7 @@ def test_one_command_at_a_time_works_in_a_storage_folder(
                 stage(two)
     run_stage.sample_and_score(one)
     run_stage.sample_and_score(two)  # all is there
-    assert two.is_finished("score", one.groups)
+    assert two.notes.is_finished("score", one.groups)
 
 
 def test_a_store_that_another_command_changed_is_noticed(
@@ -307,7 +307,7 @@ def test_a_storage_where_nothing_came_to_be_can_be_changed(
     assert sample_stage.begin_sampling(folder_of("out", str(tmp_path / "a")))
     out = folder_of("out", str(tmp_path / "b"))
     run_stage.sample_and_score(out)
-    assert out.is_finished("score", out.groups)
+    assert out.notes.is_finished("score", out.groups)
     run_stage.sample_and_score(folder_of("finished", str(tmp_path / "b")))
 
 

@@ -166,9 +166,8 @@ def fit_beta(
 
 def _generate_into(settings: GenerateConfig, out: Path) -> None:
     from bonbon.cli.console import show_spent
-    from bonbon.runs.stage_folder import StageFolder
+    from bonbon.runs.lock import locked
     from bonbon.stages.generate import generate_into
 
-    folder = StageFolder(out, settings)
-    with folder.locked():
-        show_spent(generate_into(folder, settings), settings, out)
+    with locked(out):
+        show_spent(generate_into(out, settings), settings, out)

@@ -53,9 +53,9 @@ def _absolute(folder: RunFolder) -> RunFolder:
 
 def _todo(folder: RunFolder, stages: Sequence[str]) -> list[int]:
     """Return the shards that the first stage can read and that some stage has yet to write."""
-    done = [set(shard_indices(folder.ways(stage)[1])) for stage in stages]
+    done = [set(shard_indices(folder.stages[stage].output)) for stage in stages]
     finished = set.intersection(*done)
-    return [i for i in shard_indices(folder.ways(stages[0])[0]) if i not in finished]
+    return [i for i in shard_indices(folder.stages[stages[0]].source) if i not in finished]
 
 
 def _work(
@@ -69,7 +69,7 @@ def _work(
         _worker_settings(folder, engine) as settings,
     ):
         check_room(ray, pools)
-        bar.set(0, prompt_count(folder.ways(stages[0])[0], todo))
+        bar.set(0, prompt_count(folder.stages[stages[0]].source, todo))
         try:
             with _quiet_context(ray), watched_head(ray):
                 _watch(

@@ -133,7 +133,8 @@ class ShardProcessor:
 
     def do(self, shard: int) -> Done:
         """Process a shard, unless it exists already. Raises BonbonError for what ends the run."""
-        source, target = self.folder.ways(self.stage)
+        stage = self.folder.stages[self.stage]
+        source, target = stage.source, stage.output
         if is_there(shard_path(target, shard)):
             return Done(shard_rows(shard_path(source, shard)))
         work = self._opened()
@@ -243,10 +244,8 @@ class ShardProcessor:
     def _set_aside(self, shard: int, group: Group, failed: Sequence[Try]) -> None:
         letters = DeadLetters(self.folder.data)
         stages = ("sample", "score") if self.stage == "sample" else ("score",)
-        names = [
-            shard_path(self.folder.ways(it)[1], shard).relative_to(self.folder.data).as_posix()
-            for it in stages
-        ]
+        paths = [shard_path(self.folder.stages[it].output, shard) for it in stages]
+        names = [path.relative_to(self.folder.data).as_posix() for path in paths]
         reason = reasons(failed)
         tries = len(failed) + 1
         letters.add(DeadLetter(self.stage, group.prompt_id, group.prompt, reason, tries, names))

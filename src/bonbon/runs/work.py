@@ -41,15 +41,15 @@ def opened_work(folder: RunFolder, stage: str) -> Iterator[ShardWork]:
 
     Raises BonbonError when the model or the reward cannot be loaded.
     """
-    config = folder.config
+    config, it = folder.config, folder.stages[stage]
     if stage == "sample":
         with opened_sampler(config.sampler, config.model, config.sampling) as sampler:
             noted = sampler_provenance(sampler, config.model)
-            yield ShardWork(*folder.ways(stage), drawing(sampler), noted)
+            yield ShardWork(it.source, it.output, drawing(sampler), noted)
     else:
         noted = {"reward": reward_provenance(config.reward)}
         with opened_reward(config.reward) as reward:
-            yield ShardWork(*folder.ways(stage), scoring(reward), noted)
+            yield ShardWork(it.source, it.output, scoring(reward), noted)
 
 
 def work_here(folder: RunFolder, stage: str) -> None:

@@ -124,13 +124,13 @@ def compare(folder: RunFolder, specs: Sequence[PolicySpec]) -> Evaluation:
             )
         policies.append(policy)
     rows = folder.rows.evaluation()
-    folder.refuse("sample", "rounds", "evaluate", what="a run")
-    folder.refuse("generate", what="answers of `bonbon generate`")
-    folder.begin("compare", _settings(config, folder.rows))
+    folder.notes.refuse("sample", "rounds", "evaluate", what="a run")
+    folder.notes.refuse("generate", what="answers of `bonbon generate`")
+    folder.notes.begin("compare", _settings(config, folder.rows))
     for policy in policies:
         if not shard_paths(drawn_folder(folder, policy.name)):
-            folder.forget(f"compare-{policy.name}")
-        folder.begin(f"compare-{policy.name}", _policy_settings(policy))
+            folder.notes.forget(f"compare-{policy.name}")
+        folder.notes.begin(f"compare-{policy.name}", _policy_settings(policy))
     evaluation = evaluation_of(folder, measure_policies(folder, policies, rows))
     about = {
         "main": None,

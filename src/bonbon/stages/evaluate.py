@@ -258,7 +258,7 @@ def write_evaluation(folder: RunFolder, evaluation: Evaluation, about: Mapping[s
             "cost": _cost(folder, evaluation.models),
         },
     )
-    folder.write_config()
+    folder.notes.write_config()
 
 
 def _cost(folder: RunFolder, policies: Collection[str]) -> dict[str, Any]:
@@ -308,11 +308,11 @@ def evaluate(folder: RunFolder) -> Evaluation:
             raise BonbonError(f"{folder.model(name)} does not exist; run `bonbon {command}` first")
         if config.rounds == 1:
             settings = train_settings(config, folder.rows, name)
-            folder.compare(folder.training(name), without_digests(settings))
+            folder.notes.compare(folder.training(name), without_digests(settings))
     if config.rounds > 1:
-        folder.compare("rounds", without_digests(rounds_settings(config, folder.rows)))
+        folder.notes.compare("rounds", without_digests(rounds_settings(config, folder.rows)))
     # A reward that was edited is measured again, as others that are added later.
-    folder.begin("evaluate", without_digests(evaluation_settings(config, folder.rows)))
+    folder.notes.begin("evaluate", without_digests(evaluation_settings(config, folder.rows)))
     rows = folder.rows.evaluation()
     measured = measure_policies(folder, _policies(folder), rows)
     seen = folder.rows.trained_on(group.prompt for group in measured[BASE].draws.groups)

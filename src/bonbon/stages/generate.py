@@ -29,8 +29,8 @@ from bonbon.groups.shards import read_shard, shard_path, shard_paths, write_shar
 from bonbon.rewards.from_config import check_functions, opened_reward
 from bonbon.rewards.identity import reward_identity, reward_provenance
 from bonbon.rewards.reward import Reward
+from bonbon.runs.notes import Notes
 from bonbon.runs.prompts import read_configured
-from bonbon.runs.stage_folder import StageFolder
 from bonbon.sampling.cost import Cost
 from bonbon.sampling.from_config import load_model
 from bonbon.system.atomic_files import write_json, write_text
@@ -58,17 +58,17 @@ class Spent:
         )
 
 
-def generate_into(folder: StageFolder, config: GenerateConfig) -> Spent:
-    """Run the stage, or resume it. Raises BonbonError as the stages of a run do."""
+def generate_into(out: Path, config: GenerateConfig) -> Spent:
+    """Run the stage, or resume it, in a locked folder. Raises BonbonError as a run does."""
     if config.prompts is None:
         raise BonbonError("there are no prompts; name a file with --prompts, or one by --prompt")
     rows = read_configured(config.prompts)
-    shards = folder.path / "generations"
-    folder.refuse("sample", "rounds", "evaluate", "compare", what="a run or a comparison")
+    shards, notes = out / "generations", Notes(out, config)
+    notes.refuse("sample", "rounds", "evaluate", "compare", what="a run or a comparison")
     if not shard_paths(shards):
-        folder.forget("generate")  # a stage without output
-    folder.begin("generate", _settings(config, config.prompts.path))
-    if not folder.is_finished("generate", shards):
+        notes.forget("generate")  # nothing came of it
+    notes.begin("generate", _settings(config, config.prompts.path))
+    if not notes.is_finished("generate", shards):
         model, tokenizer = load_model(config.model)
         opened = nullcontext() if config.reward is None else opened_reward(config.reward)
         with opened as reward, progress_bar("generating", 0, "prompts") as bar:
@@ -85,8 +85,8 @@ def generate_into(folder: StageFolder, config: GenerateConfig) -> Spent:
                     part = prompts[start : start + size]
                     _write(shard_path(shards, index), part, source, reward, config)
                 bar.set(min(start + size, len(prompts)), len(prompts))
-        folder.finish("generate", len(starts))
-    return _summarise(folder.path, shards, config)
+        notes.finish("generate", len(starts))
+    return _summarise(out, shards, config)
 
 
 def _warn_of_skipped(count: int) -> None:

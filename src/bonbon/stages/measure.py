@@ -181,7 +181,7 @@ def drawn_folder(folder: RunFolder, name: str) -> Path:
 
 def _draw(folder: RunFolder, policy: Policy, load: Loader, rows: Sequence[PromptRow]) -> None:
     target, stage = drawn_folder(folder, policy.name), f"draw-{policy.name}"
-    if folder.is_finished(stage, target):
+    if folder.notes.is_finished(stage, target):
         return
     config = folder.config
     k = config.evaluation.k
@@ -196,7 +196,7 @@ def _draw(folder: RunFolder, policy: Policy, load: Loader, rows: Sequence[Prompt
         noted = sampler_provenance(sampler, policy.model)
         work = ShardWork(prompts, target, drawing(sampler), noted)
         work_through(work, f"{policy.name}: sampling")
-    folder.finish(stage, len(shard_paths(target)))
+    folder.notes.finish(stage, len(shard_paths(target)))
 
 
 def _sampler(config: RunConfig) -> SamplerConfig:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from bonbon.evaluation.results import Evaluation
-from bonbon.runs.fingerprints import rounds_settings, score_settings
+from bonbon.runs.fingerprints import rounds_settings
 from bonbon.runs.run_folder import RunFolder
 from bonbon.stages.checks import check_config
 from bonbon.stages.engine import do_stages
@@ -24,7 +24,7 @@ from bonbon.system.atomic_files import atomic_folder
 def sample_and_score(folder: RunFolder) -> None:
     """Sample and score: one after the other, or at the same time where the engine can do both."""
     if folder.config.engine.name == "local":
-        folder.check_data("score", score_settings(folder.config, folder.rows))
+        folder.check_data("score")
         sample(folder)
         score(folder)
         return
@@ -50,12 +50,12 @@ def run(folder: RunFolder) -> Evaluation:
 def _run_rounds(folder: RunFolder) -> None:
     """Rounds of sample, score and train, each in a run folder `round-R/`; then the models."""
     config = folder.config
-    folder.refuse("compare", what="a comparison")
-    folder.refuse("generate", what="answers of `bonbon generate`")
+    folder.notes.refuse("compare", what="a comparison")
+    folder.notes.refuse("generate", what="answers of `bonbon generate`")
     steps = folder.rounds()
     if not any(step.has_trained(name) for step in steps for name in step.config.trainings):
-        folder.forget("rounds")  # so that a training that failed at once can be changed
-    folder.begin("rounds", rounds_settings(config, folder.rows))
+        folder.notes.forget("rounds")  # so that a training that failed at once can be changed
+    folder.notes.begin("rounds", rounds_settings(config, folder.rows))
     check_trainings(steps[0])
     for step in steps:
         sample_and_score(step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bonbon.runs.fingerprints import (
     refuse_rounds,
-    sample_settings,
 )
 from bonbon.runs.run_folder import RunFolder
 from bonbon.runs.shard_work import write_prompts
@@ -26,14 +25,14 @@ def begin_sampling(folder: RunFolder) -> bool:
     config = folder.config
     check_config(config)
     refuse_rounds(config)
-    folder.refuse("compare", what="a comparison")
-    folder.refuse("generate", what="answers of `bonbon generate`")
-    folder.begin_data("sample", sample_settings(config, folder.rows))
-    if folder.is_finished("sample", folder.samples):
+    folder.notes.refuse("compare", what="a comparison")
+    folder.notes.refuse("generate", what="answers of `bonbon generate`")
+    folder.begin_data("sample")
+    if folder.is_done("sample"):
         return False
-    if not folder.store.is_finished("prompts", folder.prompts):
+    if not folder.data_notes.is_finished("prompts", folder.prompts):
         tokenizer, context = named_tokenizer(config.model, config.sampler)
         prompts = prompts_for(folder.rows.training(), tokenizer, context, config.sampling)
         shards = write_prompts(prompts, folder.prompts, config.sampling.shard_size)
-        folder.store.finish("prompts", shards)
+        folder.data_notes.finish("prompts", shards)
     return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bonbon.runs.fingerprints import (
     refuse_rounds,
-    score_settings,
 )
 from bonbon.runs.run_folder import RunFolder
 from bonbon.stages.checks import check_config
@@ -17,7 +16,7 @@ def score(folder: RunFolder) -> None:
     with folder.data_locked():
         if not begin_scoring(folder):
             return
-        if not folder.is_finished("sample", folder.samples):
+        if not folder.is_done("sample"):
             raise BonbonError(
                 f"{folder.samples} is not complete; run `bonbon sample` to the end first"
             )
@@ -28,5 +27,5 @@ def begin_scoring(folder: RunFolder) -> bool:
     """Check what can be checked; whether there is something to score."""
     check_config(folder.config)
     refuse_rounds(folder.config)
-    folder.begin_data("score", score_settings(folder.config, folder.rows))
-    return not folder.is_finished("score", folder.groups)
+    folder.begin_data("score")
+    return not folder.is_done("score")

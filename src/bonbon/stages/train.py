@@ -81,7 +81,7 @@ def _train_one(folder: RunFolder, name: str) -> None:
     folder.begin_training(name)
     if from_main_process(folder.model(name).exists):
         return
-    if not folder.is_finished("score", folder.groups):
+    if not folder.is_done("score"):
         raise BonbonError(f"{folder.groups} is not complete; run `bonbon score` to the end first")
     stored = from_main_process(lambda: open_groups(folder.groups))
     groups, held_out = _split(stored, settings.eval_fraction)

@@ -1,11 +1,14 @@
-"""A folder that stages write into: its lock, and notes of its settings."""
+"""Notes of the stages that write into a folder, so that what must not be mixed is not.
+
+Each stage notes the settings its output depends on under `.bonbon/` before it starts. The same
+command later finds the note, compares, and resumes; a command with other settings is refused with
+the names of what differs. Settings that cannot change a result (batch sizes in tokens, devices) are
+not compared, nor are digests of a reward that are unknown, as they are to older notes.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +18,23 @@ from bonbon.config.notes import binding, upgraded_note
 from bonbon.config.settings import Settings
 from bonbon.groups.shards import shard_paths
 from bonbon.rewards.identity import changed_digest, is_digest, same_value
-from bonbon.system.atomic_files import read_json, remove_torn, write_json, write_text
+from bonbon.runs.lock import OUT
+from bonbon.system.atomic_files import read_json, write_json, write_text
 from bonbon.system.errors import BonbonError
-from bonbon.system.processes import is_main_process, wait_for_everyone
 
 
-class StageFolder:
-    """A folder that stages write into, with notes under `.bonbon/` of what they were asked for."""
+class Notes:
+    """Notes of what each stage in a folder was asked for, and whether it is finished.
 
-    _option = "--out"  # by which it is chosen
+    `config` is written to `config.yaml` as a stage begins; None: it is another folder's. `option`
+    is the one by which the folder is chosen.
+    """
 
-    def __init__(self, path: Path, config: Settings) -> None:
+    def __init__(self, path: Path, config: Settings | None, option: str = OUT) -> None:
         self.path = path
-        self._settings = config
-        self._notes = path / ".bonbon"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder; BonbonError when another process does, or it cannot be written.
-
-        Of processes that train together the main one holds it for all.
-        """
-        if not is_main_process():
-            wait_for_everyone()
-            yield
-            return
-        try:
-            self.refuse_strangers()
-            self._notes.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._notes / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise BonbonError(
-                f"cannot write the output folder {self.path}: {error.strerror}; choose "
-                f"another {self._option}"
-            ) from error
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise BonbonError(
-                    f"another bonbon process is working in {self.path}; wait for it or choose "
-                    f"another {self._option}"
-                ) from error
-            remove_torn(self.path)
-            wait_for_everyone()  # none goes ahead of the lock
-            yield
-        finally:
-            os.close(handle)
-
-    def refuse_strangers(self) -> None:
-        """Raise BonbonError where the folder holds something, and no run."""
-        if not self.path.is_dir():
-            return
-        strangers = [p.name for p in self.path.iterdir() if p.name != ".bonbon"]
-        if strangers and not any(self._notes.glob("*.json")):
-            raise BonbonError(
-                f"{self.path} is not empty and holds no run ({strangers[0]} is in it); choose "
-                f"another {self._option}"
-            )
+        self._config = config
+        self._option = option
+        self._folder = path / ".bonbon"
 
     def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
         """Note a stage's settings, or `compare` them with those it was begun with.
@@ -89,21 +51,22 @@ class StageFolder:
             self._note(stage, noted | learnt)
 
     def _note(self, stage: str, settings: Mapping[str, Any]) -> None:
-        write_json(self._notes / f"{stage}.json", dict(settings))
+        write_json(self._folder / f"{stage}.json", dict(settings))
 
     def write_config(self) -> None:
-        """Write the configuration to `config.yaml`."""
-        dump = yaml.safe_dump(self._settings.model_dump(mode="json"), sort_keys=False)
-        write_text(self.path / "config.yaml", dump)
+        """Write the configuration to `config.yaml`, where there is one."""
+        if self._config is not None:
+            dump = yaml.safe_dump(self._config.model_dump(mode="json"), sort_keys=False)
+            write_text(self.path / "config.yaml", dump)
 
     def forget(self, stage: str) -> None:
         """Drop a stage's notes, where nothing came of it."""
         for name in (f"{stage}.json", f"{stage}.done.json"):
-            (self._notes / name).unlink(missing_ok=True)
+            (self._folder / name).unlink(missing_ok=True)
 
     def noted(self, stage: str) -> dict[str, Any] | None:
-        """The settings that a stage was begun with; None where it was not."""
-        note = self._notes / f"{stage}.json"
+        """Return the settings that a stage was begun with; None where it was not."""
+        note = self._folder / f"{stage}.json"
         return read_json(note) if note.exists() else None
 
     def refuse(self, *stages: str, what: str) -> None:
@@ -141,11 +104,11 @@ class StageFolder:
 
     def finish(self, stage: str, shards: int) -> None:
         """Note that a stage has written all its shards."""
-        write_json(self._notes / f"{stage}.done.json", {"shards": shards})
+        write_json(self._folder / f"{stage}.done.json", {"shards": shards})
 
     def is_finished(self, stage: str, output: Path) -> bool:
         """Return whether a stage was finished and its shards are still all there."""
-        note = self._notes / f"{stage}.done.json"
+        note = self._folder / f"{stage}.done.json"
         return note.exists() and read_json(note)["shards"] == len(shard_paths(output))
 
 
@@ -157,6 +120,6 @@ def _difference(key: str, noted: Mapping[str, Any], wanted: Mapping[str, Any]) -
 
 
 def _new_digests(noted: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The digests that are known by now and not noted; notes of older versions have none."""
+    """Return the digests that are known by now and not noted; notes of older versions have none."""
     known = {key: value for key, value in asked.items() if is_digest(key) and value is not None}
     return {key: value for key, value in known.items() if noted.get(key) is None}
