@@ -68,7 +68,7 @@ def test_an_old_key_is_refused_with_today_s(
 
 def old_note(folder: RunFolder, **train: Any) -> dict[str, Any]:
     """What a run noted before the keys were moved."""
-    note = flatten(train_settings(folder.config, "rank_regression"))
+    note = flatten(train_settings(folder.config, folder.rows, "rank_regression"))
     note = {key: it for key, it in note.items() if not key.startswith("train.arguments")}
     neutral = ("device", "max_batch_tokens")
     note = {key: it for key, it in note.items() if key.rpartition(".")[2] not in neutral}
@@ -87,7 +87,7 @@ def test_an_old_run_s_training_is_resumed(
     note = tmp_path / "run" / ".bonbon" / "train.json"
     note.parent.mkdir(parents=True)
     note.write_text(json.dumps(old_note(folder, **noted)))
-    folder.compare("train", train_settings(config, "rank_regression"))
+    folder.notes.compare("train", train_settings(config, folder.rows, "rank_regression"))
 
 
 def test_an_old_run_s_training_with_another_value_is_refused(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_an_old_run_s_training_with_another_value_is_refused(tmp_path: Path) -> 
     with pytest.raises(
         BonbonError, match=r"train\.arguments\.adam_beta2 was 0\.9 and is now 0\.98"
     ):
-        folder.compare("train", train_settings(config, "rank_regression"))
+        folder.notes.compare("train", train_settings(config, folder.rows, "rank_regression"))
 
 
 def test_an_old_run_s_configuration_is_read_in_its_folder_alone(tmp_path: Path) -> None:
