@@ -72,7 +72,7 @@ def test_a_loaded_model_and_an_answer_that_its_neighbours_do_not_change(tiny_mod
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"prompts": "Once"}, "list of prompts"),
+        ({"prompts": "Once"}, "prompts must be a list"),
         ({"reward": None}, "chooses by a reward"),
         ({"strategy": "bestof"}, "unknown strategy 'bestof'; there are best_of_n"),
         ({"strategy": BestOfN}, r"an instance, BestOfN\(\), and not the class"),
