@@ -108,8 +108,8 @@ def test_chunked_logits(tiny: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a large vocabulary the logits are never all held; the losses are the same."""
     model, tokenizer = tiny
     plain = human_text_losses(model, tokenizer, TEXTS)
-    monkeypatch.setattr(bonbon.models.loading.logprobs, "_LOGITS", 2_000)
-    monkeypatch.setattr(bonbon.models.loading.logprobs, "_CPU_LOGITS", 2_000)
+    monkeypatch.setattr(bonbon.models.logprobs, "_LOGITS", 2_000)
+    monkeypatch.setattr(bonbon.models.logprobs, "_CPU_LOGITS", 2_000)
     np.testing.assert_allclose(human_text_losses(model, tokenizer, TEXTS).nats, plain.nats, 1e-5)
 
 
