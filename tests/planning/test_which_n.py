@@ -272,7 +272,7 @@ def test_the_plot(tmp_path: Path) -> None:
     styles = [
         element.get("style", "")
         for element in root.iter("{http://www.w3.org/2000/svg}path")
-        if "stroke: #0072b2" in element.get("style", "")
+        if "stroke: #0b4f9e" in element.get("style", "")
     ]
     assert any("stroke-dasharray" in style for style in styles)
     assert any("stroke-dasharray" not in style for style in styles)

@@ -396,7 +396,7 @@ def test_groups_of_a_cut_distribution_train_by_likelihood_alone(
         trainer_of(tiny_model, tmp_path, cut)
     for objective, it in OBJECTIVES.items():
         if it.compares:
-            with pytest.raises(BonbonError, match=f"objective {objective} compares the two"):
+            with pytest.raises(BonbonError, match=f"which objective {objective} would compare"):
                 trainer_of(tiny_model, tmp_path, cut, objective=objective)
         else:
             trainer_of(tiny_model, tmp_path, cut, objective=objective)
