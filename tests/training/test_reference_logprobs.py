@@ -187,6 +187,7 @@ def test_completions_without_tokens_are_refused(
 
 
 def test_a_wrong_word_is_refused(tiny_model: Path, tmp_path: Path, right: Groups) -> None:
-    with pytest.raises(BonbonError, match="logprobs = 'anew': Input should be 'recompute' or 'sampled'"):
+    expected = "logprobs = 'anew': Input should be 'recompute' or 'sampled'"
+    with pytest.raises(BonbonError, match=expected):
         trainer_of(tiny_model, tmp_path, right, logprobs="anew")
     assert torch.is_grad_enabled()

@@ -12,9 +12,7 @@ from ray.data._internal.execution.backpressure_policy import (
     ENABLED_BACKPRESSURE_POLICIES,
     ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
 )
-from ray.data._internal.execution.backpressure_policy.backpressure_policy import (
-    BackpressurePolicy,
-)
+from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
 
 POLICIES = ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY
 AHEAD = 2  # shards that may wait for each worker of the stage that comes next

@@ -1,4 +1,4 @@
-"""Where the parts of a run lie."""
+"""The layout of a run: where its parts lie."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunPaths:
         return str(self.data if is_remote(self.data) else self.data.absolute())
 
     def model(self, name: str) -> Path:
-        """Where the model of that name is put."""
+        """Return where the model of that name is put."""
         if name == self._main:
             return self.path / "model"
         return self.path / "baselines" / name
@@ -46,5 +46,5 @@ class RunPaths:
         return "train" if name == self._main else f"train-baseline-{name}"
 
     def checkpoints(self, name: str) -> Path:
-        """Where the checkpoints of a training lie until it is done."""
+        """Return where the checkpoints of a training lie until it is done."""
         return self.path / ".bonbon" / f"{self.training(name)}-checkpoints"

@@ -54,7 +54,7 @@ class RunFolder(RunPaths):
         }
 
     def rounds(self) -> list[RunFolder]:
-        """The folders of the rounds of sampling, scoring and training: this one where it is one."""
+        """Return the folders of the rounds; this one alone where there is one."""
         if self.config.rounds == 1:
             return [self]
         base: Path | str = self.config.model.name
@@ -120,12 +120,12 @@ class RunFolder(RunPaths):
         if not whole or self._is_anothers(name):
             raise BonbonError(
                 f"another command has changed what is in {self.data} meanwhile; let one work there "
-                "at a time: the same command then goes on"
+                "at a time; then the same command resumes"
             )
         self.notes.finish(name, len(done))
 
     def is_done(self, name: str) -> bool:
-        """Whether a stage that writes samples or groups was finished, and they are all there."""
+        """Return whether a stage that writes samples or groups is finished and whole."""
         return self.notes.is_finished(name, self.stages[name].output)
 
     def _is_anothers(self, name: str) -> bool:

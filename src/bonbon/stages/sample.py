@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bonbon.runs.fingerprints import (
-    refuse_rounds,
-)
+from bonbon.runs.fingerprints import refuse_rounds
 from bonbon.runs.run_folder import RunFolder
 from bonbon.runs.shard_work import write_prompts
 from bonbon.sampling.encoding import prompts_for

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bonbon.runs.fingerprints import (
-    refuse_rounds,
-)
+from bonbon.runs.fingerprints import refuse_rounds
 from bonbon.runs.run_folder import RunFolder
 from bonbon.stages.checks import check_config
 from bonbon.stages.engine import do_stages

@@ -16,9 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from bonbon.models.group_logprobs import (
-    group_rows,
-)
+from bonbon.models.group_logprobs import group_rows
 from bonbon.models.padding import token_batches
 from bonbon.objectives.selection import SelectedGroup
 from bonbon.training.arguments import BoNBoNConfig as BoNBoNConfig

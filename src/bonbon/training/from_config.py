@@ -23,9 +23,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from bonbon.config.run import RunConfig
 from bonbon.config.training import TrainConfig
 from bonbon.system.errors import BonbonError, first_line
-from bonbon.system.processes import (
-    process_count,
-)
+from bonbon.system.processes import process_count
 from bonbon.training.arguments import BoNBoNConfig
 
 # Settings of a training that transformers calls by another name.

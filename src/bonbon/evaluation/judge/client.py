@@ -62,7 +62,7 @@ def connected(config: JudgeConfig) -> Iterator[Judge]:
 
 
 def url_of(config: JudgeConfig) -> str:
-    """Where requests go."""
+    """Return where requests go."""
     return f"{config.base_url.rstrip('/')}/{_PATH}"
 
 
