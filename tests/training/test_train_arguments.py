@@ -12,8 +12,9 @@ from transformers.integrations import integration_utils
 from bonbon.config.run import RunConfig, parse_config
 from bonbon.objectives import catalogue
 from bonbon.runs.run_folder import RunFolder
+from bonbon.stages import train as train_stage
 from bonbon.stages.checks import check_config
-from bonbon.stages.run import run
+from bonbon.stages.run import run, sample_and_score
 from bonbon.stages.train import check_trainings
 from bonbon.system.errors import BonbonError
 from bonbon.training.from_config import training_arguments
@@ -68,6 +69,8 @@ def test_settings_and_further_arguments_reach_the_trainer(tmp_path: Path) -> Non
         ({"epochs": 1}, r"train\.arguments\.epochs cannot be set there; it is train\.epochs"),
         ({"output_dir": "x"}, r"train\.arguments\.output_dir cannot be set: the run sets it"),
         ({"per_device_train_batch_size": 4}, "cannot be set: the run sets it"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be set: .* no labels"),
+        ({"hub_strategy": "every_save"}, "hub_strategy cannot be set: the finished model"),
         ({"hub_token": "x"}, r"hub_token cannot be set: .* use `hf auth login`"),
     ],
 )
@@ -119,3 +122,47 @@ def test_a_new_objective_trains_from_one_entry_and_is_reported(
     assert set(asked) == {0.7}
     assert (folder.model("mine") / "model.safetensors").exists()
     assert any("loss" in entry for entry in Recorder.entries)
+
+
+class Hub:
+    """Stands for the hub: holds what was uploaded, or cannot be reached."""
+
+    uploads: list[tuple[str, set[str]]] = []  # noqa: RUF012
+    is_down = False
+
+    def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> None:
+        assert exist_ok
+        if self.is_down:
+            raise ConnectionError("no route to the hub")
+
+    def upload_folder(self, repo_id: str, folder_path: Path, revision: str | None) -> None:
+        self.uploads.append((repo_id, {path.name for path in folder_path.iterdir()}))
+
+
+@pytest.mark.parametrize("is_down", [False, True])
+def test_the_finished_model_is_uploaded_and_no_checkpoint(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_down: bool
+) -> None:
+    monkeypatch.setattr(train_stage, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "uploads", [])
+    monkeypatch.setattr(Hub, "is_down", is_down)
+    arguments = {"push_to_hub": True, "hub_model_id": "me/mine"}
+    config = config_of(tmp_path, str(tiny_model), save_steps=1, arguments=arguments)
+    assert not training_arguments(config, config.model_name, tmp_path).push_to_hub
+    folder = RunFolder(tmp_path / "run", config)
+    with folder.locked():
+        sample_and_score(folder)
+        if is_down:
+            with pytest.raises(BonbonError, match=r"is trained .* no route .* `hf upload me/mine"):
+                train_stage.train(folder)
+        else:
+            train_stage.train(folder)
+    model = folder.model(config.model_name)
+    assert (model / "model.safetensors").exists()
+    files = {path.name for path in model.iterdir()}
+    assert Hub.uploads == ([] if is_down else [("me/mine", files)])
+
+
+def test_an_upload_needs_a_repository(tmp_path: Path) -> None:
+    with pytest.raises(BonbonError, match="push_to_hub needs a hub_model_id"):
+        config_of(tmp_path, arguments={"push_to_hub": True})

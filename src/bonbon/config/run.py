@@ -132,13 +132,21 @@ def round_config(config: RunConfig, number: int, base: Path | str) -> RunConfig:
     n = whole if abs(n - whole) < 1e-9 else n  # 8^(1/3) is not 2 in floating point
     tilt = config.train.tilt or "best_of_n"
     seeds = {"seed": config.sampling.seed + number - 1}
+    # Only the last round's model is the run's.
+    pushed = {} if number == config.rounds else {"push_to_hub": False}
     storage = config.storage and f"{config.storage.rstrip('/')}/round-{number}"
     return config.model_copy(
         update={
             "rounds": 1,
             "model": config.model.model_copy(update={"name": str(base)}),
             "sampling": config.sampling.model_copy(update=seeds),
-            "train": config.train.model_copy(update={"n": n, "tilt": tilt}),
+            "train": config.train.model_copy(
+                update={
+                    "n": n,
+                    "tilt": tilt,
+                    "arguments": config.train.arguments.model_copy(update=pushed),
+                }
+            ),
             "storage": storage,
             "baselines": config.baselines if number == 1 else {},
         }

@@ -72,11 +72,17 @@ class TrainerArguments(Settings):
         "transformers.",
     )
     push_to_hub: Neutral[bool] = Field(
-        False, description="Upload checkpoints to the Hugging Face Hub while training."
+        False, description="Upload the finished model to the Hugging Face Hub."
     )
     hub_model_id: Neutral[str | None] = Field(
-        None, description="The repository to upload to. None: named after the checkpoints' folder."
+        None, description="The repository to upload to, as owner/name; push_to_hub needs it."
     )
+
+    @model_validator(mode="after")
+    def _push_needs_a_repository(self) -> Self:
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub needs a hub_model_id, such as owner/name")
+        return self
 
 
 class TrainConfig(Settings):

@@ -12,15 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import HfApi
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-)
+from transformers import PreTrainedModel, PrinterCallback
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from bonbon.config.run import RunConfig
-from bonbon.config.training import TrainConfig
+from bonbon.config.training import TrainConfig, TrainerArguments
 from bonbon.groups.prompts import is_held_out
 from bonbon.groups.shards import StoredGroups, open_groups
 from bonbon.models.loading import load_policy
@@ -28,7 +26,7 @@ from bonbon.runs.fingerprints import refuse_rounds
 from bonbon.runs.run_folder import RunFolder
 from bonbon.stages.checks import check_config
 from bonbon.system.atomic_files import atomic_folder, write_json
-from bonbon.system.errors import BonbonError, DivergedError
+from bonbon.system.errors import BonbonError, DivergedError, first_line
 from bonbon.system.processes import (
     from_main_process,
     is_main_process,
@@ -109,6 +107,8 @@ def _train_one(folder: RunFolder, name: str) -> None:
     }
     _save_model(trainer, folder, name, record)
     _remove_checkpoints(folder, name)
+    if settings.arguments.push_to_hub and is_main_process():
+        _push(folder.model(name), settings.arguments)
 
 
 def _count(groups: SelectedGroups | None) -> int:
@@ -250,6 +250,23 @@ def _save_model(
             tokenizer.save_pretrained(temporary)
             write_json(temporary / "training_log.json", record)
     wait_for_everyone()
+
+
+def _push(model: Path, arguments: TrainerArguments) -> None:
+    """Upload a finished model. Raises BonbonError where that fails; the model is there anyway."""
+    repository = str(arguments.hub_model_id)
+    further = arguments.model_extra or {}
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=further.get("hub_private_repo"), exist_ok=True)
+        hub.upload_folder(
+            repo_id=repository, folder_path=model, revision=further.get("hub_revision")
+        )
+    except Exception as error:  # the hub's, its HTTP library's or a file's
+        raise BonbonError(
+            f"{model} is trained but could not be uploaded to {repository}: {first_line(error)}; "
+            f"upload it with `hf upload {repository} {model}`"
+        ) from error
 
 
 def _save_weights(

@@ -43,6 +43,12 @@ _HIDDEN = {
     "save_only_model": "a run could not resume from such checkpoints",
     "remove_unused_columns": "groups are not columns",
     "auto_find_batch_size": "train.arguments.max_batch_tokens limits the memory",
+    "hub_strategy": "the finished model is uploaded once",
+    "hub_always_push": "the finished model is uploaded once",
+    "label_smoothing_factor": "objectives compare log-probabilities and have no labels",
+    "neftune_noise_alpha": "with noise the policy would not begin at the base model",
+    "train_sampling_strategy": "batches hold the same groups for any number of processes",
+    "length_column_name": "groups are not columns",
     "hub_token": "it would be written to the run's folder; use `hf auth login`",
 }
 _NAMES = frozenset(field.name for field in fields(BoNBoNConfig))
@@ -124,6 +130,7 @@ def _run_arguments(config: RunConfig, name: str, output: Path) -> dict[str, Any]
         "restore_callback_states_from_checkpoint": True,  # or a stop would reset the patience
         "metric_for_best_model": "eval_loss" if stops_early else None,
         "greater_is_better": False if stops_early else None,
+        "push_to_hub": False,  # the trainer would upload its checkpoints; `bonbon train` the model
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "accelerator_config": _accelerator_config(),
