@@ -67,7 +67,7 @@ def generate(
         from bonbon.config.run import read_values
         from bonbon.decoding.config import parse_generate_config, with_named
 
-        found = {} if config is None else read_values(config)
+        from_file = {} if config is None else read_values(config)
         if prompt and (out is not None or prompts is not None):
             raise BonbonError("--prompt is answered here and now; leave out --prompts and --out")
         options = {
@@ -79,7 +79,7 @@ def generate(
             "sampling.seed": seed,
             "stop": stop or None,
         }
-        values = with_named(found, options, reward=reward, strategy=strategy)
+        values = with_named(from_file, options, reward=reward, strategy=strategy)
         changes = overrides_of(set_, prompt_column, on_long_prompt)
         settings = parse_generate_config(values, changes, str(config or "the command line"))
         quiet_libraries()
@@ -116,7 +116,7 @@ def serve(
         from bonbon.serve.command import parse_serve_settings
         from bonbon.serve.command import serve as start
 
-        found = {} if config is None else read_values(config)
+        from_file = {} if config is None else read_values(config)
         options = {
             "model.name": model,
             "upstream.base_url": upstream,
@@ -124,7 +124,7 @@ def serve(
             "host": host,
             "port": port,
         }
-        values = with_named(found, options, reward=reward, strategy=strategy)
+        values = with_named(from_file, options, reward=reward, strategy=strategy)
         settings = parse_serve_settings(values, set_ or [], str(config or "the command line"))
         quiet_libraries()
         start(settings)

@@ -45,8 +45,8 @@ def parse_settings(
     Raises BonbonError naming the wrong key or value and what was expected.
     """
     if not isinstance(values, dict):
-        found = "it is empty" if values is None else "it has none"
-        raise BonbonError(f"{source}: expected keys such as model, prompts, reward; {found}")
+        given = "it is empty" if values is None else "it has none"
+        raise BonbonError(f"{source}: expected keys such as model, prompts, reward; {given}")
     values = parse_overrides(overrides, values)
     try:
         return kind.model_validate(values)

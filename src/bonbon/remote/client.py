@@ -272,8 +272,8 @@ def _code_and_param(content: bytes) -> tuple[str | None, str | None]:
     """The `code` and `param` of an error object, where they are texts."""
     try:
         error = json.loads(content)["error"]
-        found = (error.get("code"), error.get("param"))
+        texts = (error.get("code"), error.get("param"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None, None
-    code, param = (value if isinstance(value, str) else None for value in found)
+    code, param = (value if isinstance(value, str) else None for value in texts)
     return code, param

@@ -71,8 +71,8 @@ class TransformersSampler:
         self, prompts: Sequence[EncodedPrompt], progress: Callable[[int], Any] | None = None
     ) -> list[Group]:
         """See `Sampler.sample`."""
-        found = self.draw(prompts, [range(self.config.n)] * len(prompts), progress)
-        return [candidates.group for candidates in found]
+        drawn = self.draw(prompts, [range(self.config.n)] * len(prompts), progress)
+        return [candidates.group for candidates in drawn]
 
     def draw(
         self,
@@ -93,8 +93,8 @@ class TransformersSampler:
         drawn: dict[int, Candidates] = {}
         for batch in token_batches(prompts, lengths, self.config.max_batch_tokens):
             chosen = [(prompts[index], ks[index]) for index in batch]
-            found, seconds = timed(self._draw_batch, decoder, chosen)
-            for index, (group, prefilled) in zip(batch, found, strict=True):
+            groups, seconds = timed(self._draw_batch, decoder, chosen)
+            for index, (group, prefilled) in zip(batch, groups, strict=True):
                 tokens = sum(group.lengths())
                 cost = Cost(tokens, prefilled, seconds=seconds / len(batch))
                 drawn[index] = Candidates(group, cost)
@@ -117,13 +117,13 @@ class TransformersSampler:
             starts = range(0, len(numbers), at_once)
             passes = [[numbers[start : start + at_once]] for start in starts]
         prompts = [prompt for prompt, _ in batch]
-        found: list[list[Row]] = [[] for _ in prompts]
+        drawn: list[list[Row]] = [[] for _ in prompts]
         prefilled = [0] * len(prompts)
         for numbers_of in passes:
             rows = Rows(decoder, prompts, numbers_of)
             rows.draw(self.config.max_new_tokens)
             for index, (new, read) in enumerate(zip(rows.rows(), rows.prefilled_of(), strict=True)):
-                found[index].extend(new)
+                drawn[index].extend(new)
                 prefilled[index] += read
-        groups = [decoder.group(*pair) for pair in zip(prompts, found, strict=True)]
+        groups = [decoder.group(*pair) for pair in zip(prompts, drawn, strict=True)]
         return list(zip(groups, prefilled, strict=True))
