@@ -24,9 +24,9 @@ test: setup
 	$(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder --durations 15 \
 		$(addprefix --ignore=,$(WITH_VLLM) tests/models/test_vllm_engine.py)
 
-# What loads no model and starts no process, server or browser; tests/conftest.py sets the marks.
+# What loads no model, starts no process, server or browser, and does not compute for long.
 quick: setup
-	$(PYTHON) -m pytest -q -m "not (model or process or server or browser)" $(QUICK)
+	$(PYTHON) -m pytest -q -p no:schemathesis -n 2 --dist loadfile -m "not (model or process or server or browser or slow)" $(QUICK)
 
 # With vLLM itself, which has an environment of its own outside the checkout (a long download, once).
 test-vllm: setup

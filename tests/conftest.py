@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker for each core alrea
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,12 +42,30 @@ MARKS = {
         "sampling/test_openai_sampler.py", "serve",
     ),
     "browser": ("report/test_report_browser.py",),
+    # Importing the trainer, or drawing whole pages, takes longer than their tests.
+    "slow": (
+        "evaluation/test_evaluator.py", "objectives/test_selection.py", "report/test_report.py",
+        "runs/test_shard_work.py",
+    ),
 }  # fmt: skip
 
 
+def _marks_of_place(path: Path) -> set[str]:
+    """Return the marks of a whole file."""
+    place = path.relative_to(Path(__file__).parent).as_posix()
+    return {mark for mark, places in MARKS.items() if place.startswith(places)}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import files that `-m "not (model or …)"` leaves out: it takes a while."""
+    left_out = re.fullmatch(r"not \(([\w ]+)\)", config.option.markexpr or "")
+    if left_out is None or collection_path.suffix != ".py":
+        return None
+    return True if _marks_of_place(collection_path) & set(left_out[1].split(" or ")) else None
+
+
 def _marks_of(item: pytest.Item) -> set[str]:
-    place = item.path.relative_to(Path(__file__).parent).as_posix()
-    marks = {mark for mark, places in MARKS.items() if place.startswith(places)}
+    marks = _marks_of_place(item.path)
     if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
         marks.add("model")
     if "subprocess" in item.function.__code__.co_names:  # type: ignore[attr-defined]

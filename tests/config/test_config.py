@@ -201,6 +201,7 @@ def test_the_last_override_wins_and_the_values_given_stay_as_they_are() -> None:
     assert values["sampling"] == {"n": 3, "seed": 5}
 
 
+@pytest.mark.slow
 @given(st.floats(1e-300, 1e300))
 def test_every_number_is_read_as_yaml_writes_it_and_as_python_does(number: float) -> None:
     assert parsed(f"train.learning_rate={number!r}").train.learning_rate == number

@@ -151,6 +151,7 @@ def test_reward_weighted_scores(answers: list[str | None], data: st.DataObject) 
     assert shifted == pytest.approx(scores)
 
 
+@pytest.mark.slow
 @quick
 @given(some_answers, st.data())
 def test_the_limits_of_the_reward_weighted_vote(
@@ -306,6 +307,7 @@ def test_gsm8k() -> None:
     assert gsm8k("it is 4") is None
 
 
+@pytest.mark.slow
 def test_gsm8k_s_own_answers(shared: Path) -> None:
     """All 1,319, by each extractor that can read them, and in shuffled votes."""
     rows = [json.loads(line) for line in (shared / "data/gsm8k/test.jsonl").open(encoding="utf-8")]

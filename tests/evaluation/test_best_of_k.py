@@ -27,6 +27,7 @@ from support.profiles import quick
 few = st.integers(-1, 2).map(float)
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(st.tuples(few, few), min_size=2, max_size=7), st.data())
 def test_best_of_n_win_rate_by_enumeration(
@@ -40,6 +41,7 @@ def test_best_of_n_win_rate_by_enumeration(
         assert best_of_n_win_rate(chooser, decider, n) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @quick
 @given(st.data())
 def test_best_of_n_win_rate_is_unbiased(data: st.DataObject) -> None:
@@ -79,6 +81,7 @@ def test_means_by_enumeration(rows: list[tuple[float, float]]) -> None:
         assert got[k - 1] == pytest.approx(np.mean(found))
 
 
+@pytest.mark.slow
 @quick
 @given(st.data())
 def test_means_are_unbiased(data: st.DataObject) -> None:
@@ -110,6 +113,7 @@ def test_the_expected_maximum_of_normals() -> None:
         assert expected_normal_maximum(k) == pytest.approx(np.mean(quantiles * density), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_intervals_of_the_curve_cover() -> None:
     """Best-of-4's reward and gold win rate on 500 data sets of 60 prompts, and best-of-16's."""
     rng, sets = np.random.default_rng(0), 500

@@ -74,6 +74,7 @@ def looped_ngrams(text: str, n: int) -> list[str]:
     return ["|".join(tokens[i : i + n]) for i in range(len(tokens)) if i + n <= len(tokens)]
 
 
+@pytest.mark.slow
 @quick
 @given(groups_of_texts, st.integers(1, 3))
 def test_distinct_by_loop(group: list[str], n: int) -> None:
@@ -111,6 +112,7 @@ def test_repetition_by_hand() -> None:
 # --- self-BLEU ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(texts.filter(words), min_size=2, max_size=5))
 def test_self_bleu_by_sacrebleu(group: list[str]) -> None:
@@ -134,6 +136,7 @@ def test_self_bleu_by_hand() -> None:
     assert self_bleu(["a b", "a b c d"]) == pytest.approx((math.exp(-1) + longer) / 2)
 
 
+@pytest.mark.slow
 @quick
 @given(groups_of_texts.filter(lambda group: len(group) > 1), st.randoms())
 def test_self_bleu_does_not_know_order_case_or_punctuation(
@@ -147,6 +150,7 @@ def test_self_bleu_does_not_know_order_case_or_punctuation(
     assert self_bleu([f"“{text.upper()}” !" for text in group]) == pytest.approx(value)
 
 
+@pytest.mark.slow
 @quick
 @given(texts, st.integers(2, 6))
 def test_equal_texts_are_not_diverse(text: str, k: int) -> None:
@@ -327,6 +331,7 @@ def mixture_figures(policies: Sequence[Policy], share: float) -> tuple[float, fl
     return float(np.mean(wins)), float(np.mean([law @ y for law, _, _, y in mixed]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reach", [0.1, 0.5, 0.9])
 def test_mixture_by_enumeration(reach: float) -> None:
     """The mixture of the target win rate is found by bisection, not by the formula."""
@@ -384,6 +389,7 @@ def test_values_that_are_not_of_prompts(ours: Sequence[float], base: Sequence[fl
         drift_at_equal_win_rate(np.array(ours), np.array(base), np.array(base), 0.6)
 
 
+@pytest.mark.slow
 def test_coverage() -> None:
     """The 95% intervals hold the truth in 93 to 97% of 1000 data sets.
 

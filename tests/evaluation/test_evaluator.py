@@ -107,6 +107,7 @@ def test_base_model_figures() -> None:
     assert got.win_rate_by == {"other": Figure.exact(0.5)}
 
 
+@pytest.mark.slow
 def test_best_of_n_as_a_model_recovers_everything() -> None:
     """The best of n fresh draws, handed in as a model, recovers 1 and spends about what it must."""
     rng = np.random.default_rng(0)
@@ -124,6 +125,7 @@ def test_best_of_n_as_a_model_recovers_everything() -> None:
     assert got.kl_efficiency.value == pytest.approx(efficiency, abs=0.15)
 
 
+@pytest.mark.slow
 def test_base_as_a_model_recovers_nothing() -> None:
     rng = np.random.default_rng(1)
     base = [group(str(i), rng.normal(size=8)) for i in range(300)]
@@ -306,6 +308,7 @@ def test_beirami_s_estimate_is_between_exact_and_bound() -> None:
     assert exact < found.beirami.value < found.bound
 
 
+@pytest.mark.slow
 def test_intervals_of_ratios_cover() -> None:
     """Recovered and KL efficiency, on 600 data sets of 120 prompts of tabular policies.
 

@@ -117,6 +117,7 @@ def test_alpaca_evals_win_rates(alpaca_eval: dict[str, Any]) -> None:
     np.testing.assert_allclose(means, published(alpaca_eval, "win_rate"), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_alpaca_evals_length_controlled_win_rates(alpaca_eval: dict[str, Any]) -> None:
     theirs = published(alpaca_eval, "length_controlled_winrate")
     result = length_controlled_win_rate(*alpaca_eval["data"])
@@ -167,6 +168,7 @@ def test_difficulty_is_recovered_from_soft_preferences() -> None:
     assert np.abs(values(without) - case["here"]).max() > 0.015
 
 
+@pytest.mark.slow
 def test_hard_labels_come_near_the_truth() -> None:
     case = made_up(2, models=6, instructions=5000, pairs=1)
     for difficulty, near in ((case["gamma"], 0.012), (None, 0.02)):
@@ -219,6 +221,7 @@ def cross_entropy(eta: Floats, labels: Floats) -> float:
     return float(np.sum(np.logaddexp(0, eta) - labels * eta))
 
 
+@pytest.mark.slow
 @quick
 @given(seeds)
 def test_one_models_fit_by_a_generic_minimiser(seed: int) -> None:
@@ -272,6 +275,7 @@ def test_the_interval_is_students_where_nothing_is_controlled() -> None:
     np.testing.assert_allclose([figure.value, figure.low, figure.high], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", [1, 6])
 def test_the_interval_agrees_with_a_jackknife_over_instructions(models: int) -> None:
     case = made_up(6, models, instructions=80, together=0.5, shorter=150)
@@ -305,16 +309,19 @@ def coverage(data_sets: int, fitted: bool = False, **kind: Any) -> float:
     return float(np.mean(covered))
 
 
+@pytest.mark.slow
 def test_95_percent_of_the_intervals_cover() -> None:
     assert 0.93 <= coverage(500, models=2, instructions=60, pairs=2, together=0.6) <= 0.97
 
 
+@pytest.mark.slow
 def test_95_percent_cover_where_length_effects_are_shared() -> None:
     kind = {"models": 6, "instructions": 80, "pairs": 2, "together": 0.6, "shorter": 150}
     for spread in (0.0, 0.5):
         assert 0.93 <= coverage(80, spread=spread, **kind) <= 0.97
 
 
+@pytest.mark.slow
 def test_95_percent_cover_with_a_fitted_difficulty() -> None:
     kind = {"models": 6, "instructions": 100, "pairs": 1}
     assert 0.93 <= coverage(60, fitted=True, **kind) <= 0.97
@@ -331,6 +338,7 @@ def assert_same(a: LengthControlled, b: LengthControlled, atol: float = 1e-9) ->
     np.testing.assert_allclose(a.length_effects, b.length_effects, atol=100 * atol)
 
 
+@pytest.mark.slow
 @quick
 @given(seeds, st.floats(1e-3, 1e3), st.sampled_from([1, 2, 5]))
 def test_the_unit_of_length_does_not_matter(seed: int, unit: float, models: int) -> None:
@@ -341,6 +349,7 @@ def test_the_unit_of_length_does_not_matter(seed: int, unit: float, models: int)
     )
 
 
+@pytest.mark.slow
 @quick
 @given(seeds, st.booleans(), st.sampled_from([1, 2, 5]))
 def test_swapping_the_sides_mirrors_the_win_rate(seed: int, given: bool, models: int) -> None:
@@ -356,6 +365,7 @@ def test_swapping_the_sides_mirrors_the_win_rate(seed: int, given: bool, models:
     np.testing.assert_allclose(there.length_effects, back.length_effects, atol=1e-7)
 
 
+@pytest.mark.slow
 @quick
 @given(seeds, st.floats(-1e3, 1e3), st.floats(0.01, 100))
 def test_origin_and_scale_of_difficulty_do_not_matter(seed: int, shift: float, by: float) -> None:
@@ -366,6 +376,7 @@ def test_origin_and_scale_of_difficulty_do_not_matter(seed: int, shift: float, b
     )
 
 
+@pytest.mark.slow
 @quick
 @given(seeds, st.booleans())
 def test_the_order_of_models_and_instructions_does_not_matter(seed: int, given: bool) -> None:

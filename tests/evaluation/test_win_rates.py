@@ -41,6 +41,7 @@ def test_win_rate_by_double_loop(ours: list[float], base: list[float]) -> None:
     assert win_rate(ours, base) + win_rate(base, ours) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @quick
 @given(st.data())
 def test_win_rate_is_unbiased(data: st.DataObject) -> None:
@@ -61,6 +62,7 @@ def test_win_rate_is_unbiased(data: st.DataObject) -> None:
 # --- closed-form variance -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @quick
 @given(st.data())
 def test_the_draws_variance_is_unbiased(data: st.DataObject) -> None:
@@ -94,6 +96,7 @@ def expected_win_rate() -> float:
     return 0.5 * (1 + math.erf(0.4 / math.sqrt(2.64) / math.sqrt(2)))
 
 
+@pytest.mark.slow
 def test_both_intervals_cover() -> None:
     """600 data sets of 80 prompts and 4 completions: 95% of the intervals hold the truth."""
     rng, truth, sets = np.random.default_rng(0), expected_win_rate(), 600
@@ -108,6 +111,7 @@ def test_both_intervals_cover() -> None:
     assert widths[1] == pytest.approx(widths[0], rel=0.04)  # Student's t is a little wider
 
 
+@pytest.mark.slow
 def test_the_draws_share() -> None:
     """With the same prompts drawn from again and again, the variance is what the share says."""
     rng = np.random.default_rng(1)

@@ -62,6 +62,7 @@ def group_lists(draw: st.DrawFn) -> list[Group]:
     return [group(name) for name in draw(st.lists(texts, min_size=1, max_size=3, unique=True))]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(groups=group_lists())
 def test_groups_survive_the_disk(groups: list[Group]) -> None:

@@ -89,6 +89,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: str) -
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda s: s.strip())
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(prompts=st.lists(texts, min_size=1, max_size=4))
 def test_texts_survive_jsonl_csv_and_parquet(prompts: list[str]) -> None:

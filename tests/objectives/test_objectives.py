@@ -22,8 +22,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import special
 
-from bonbon.models.logprobs import completion_log_probs
-from bonbon.models.padding import pad_rows
 from bonbon.objectives.catalogue import OBJECTIVES, GroupLogps, ObjectiveSettings, group_metrics
 from bonbon.objectives.pairs import (
     PAPER_ALPHA,
@@ -99,12 +97,14 @@ def test_sft_bon(values: list[tuple[float, ...]]) -> None:
     matches(sft_bon(columns(values)[0]), np.array([-row[0] for row in values]))
 
 
+@pytest.mark.slow
 @quick
 @given(rows, sizes)
 def test_ipo_bon(values: list[tuple[float, ...]], n: int) -> None:
     matches(ipo_bon(*columns(values), n), (margins(values) - harmonic_target(n)) ** 2)
 
 
+@pytest.mark.slow
 @quick
 @given(rows, sizes, alphas)
 def test_bonbon_mixes(values: list[tuple[float, ...]], n: int, alpha: float) -> None:
@@ -126,6 +126,7 @@ def test_ipo(values: list[tuple[float, ...]], beta: float) -> None:
     matches(ipo(*columns(values), beta), (margins(values) - 1 / (2 * beta)) ** 2)
 
 
+@pytest.mark.slow
 @quick
 @given(rows, sizes, alphas)
 def test_bonbon_dpo(values: list[tuple[float, ...]], n: int, alpha: float) -> None:
@@ -134,6 +135,7 @@ def test_bonbon_dpo(values: list[tuple[float, ...]], n: int, alpha: float) -> No
     matches(bonbon_dpo(*columns(values), n, alpha), alpha * sft + (1 - alpha) * preference)
 
 
+@pytest.mark.slow
 @quick
 @given(rows, sizes)
 def test_ipo_bon_is_ipo_at_beta(values: list[tuple[float, ...]], n: int) -> None:
@@ -228,6 +230,7 @@ def plain_regression(batch: GroupLogps, tilt: Tilt) -> Floats:
     return plain_pairs(log_ratios, plain_targets(batch.rewards, tilt) * (m - 1) / m)
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts)
 def test_log_density_targets(batch: GroupLogps, tilt: Tilt) -> None:
@@ -238,6 +241,7 @@ def test_log_density_targets(batch: GroupLogps, tilt: Tilt) -> None:
     )
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts)
 def test_tie_weights(batch: GroupLogps, tilt: Tilt) -> None:
@@ -247,6 +251,7 @@ def test_tie_weights(batch: GroupLogps, tilt: Tilt) -> None:
     np.testing.assert_allclose(got.sum(dim=1).numpy(), m, rtol=1e-9)
 
 
+@pytest.mark.slow
 @quick
 @given(batches())
 def test_pairwise_regression(batch: GroupLogps) -> None:
@@ -255,12 +260,14 @@ def test_pairwise_regression(batch: GroupLogps) -> None:
     matches(pairwise_regression(log_ratios, targets), expected)
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts)
 def test_rank_regression(batch: GroupLogps, tilt: Tilt) -> None:
     matches(rank_regression(*batch.ranks(), tilt), plain_regression(batch, tilt))
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts)
 def test_rank_regression_pointwise(batch: GroupLogps, tilt: Tilt) -> None:
@@ -268,6 +275,7 @@ def test_rank_regression_pointwise(batch: GroupLogps, tilt: Tilt) -> None:
     matches(rank_regression_pointwise(*batch.ranks(), tilt), (residuals**2).mean(axis=1))
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts, st.floats(0.1, 500))
 def test_rank_regression_huber(batch: GroupLogps, tilt: Tilt, delta: float) -> None:
@@ -280,6 +288,7 @@ def test_rank_regression_huber(batch: GroupLogps, tilt: Tilt, delta: float) -> N
     matches(rank_regression_huber(*batch.ranks(), tilt, delta), expected)
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts)
 def test_huber_with_a_large_delta_is_rank_regression(batch: GroupLogps, tilt: Tilt) -> None:
@@ -289,6 +298,7 @@ def test_huber_with_a_large_delta_is_rank_regression(batch: GroupLogps, tilt: Ti
     )
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts)
 def test_weighted_sft(batch: GroupLogps, tilt: Tilt) -> None:
@@ -297,6 +307,7 @@ def test_weighted_sft(batch: GroupLogps, tilt: Tilt) -> None:
     matches(weighted_sft(batch.logps, batch.rewards, tilt), expected)
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts, alphas)
 def test_bonbon_ranks_mixes(batch: GroupLogps, tilt: Tilt, alpha: float) -> None:
@@ -311,6 +322,7 @@ def test_bonbon_ranks_mixes(batch: GroupLogps, tilt: Tilt, alpha: float) -> None
 # --- all ranks: what must hold whatever the values ------------------------------------------------
 
 
+@pytest.mark.slow
 @quick
 @given(rows, sizes)
 def test_the_ranks_one_and_n_alone_are_ipo_bon(values: list[tuple[float, ...]], n: int) -> None:
@@ -322,6 +334,7 @@ def test_the_ranks_one_and_n_alone_are_ipo_bon(values: list[tuple[float, ...]], 
     torch.testing.assert_close(regression, ipo_bon(*columns(values), n), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts)
 def test_every_pair_is_an_ipo_of_its_own(batch: GroupLogps, tilt: Tilt) -> None:
@@ -337,6 +350,7 @@ def test_every_pair_is_an_ipo_of_its_own(batch: GroupLogps, tilt: Tilt) -> None:
     np.testing.assert_allclose(rank_regression(*batch.ranks(), tilt), losses, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), st.integers(1, 6), st.booleans())
 def test_weighted_sft_averages_over_subsets(batch: GroupLogps, n: int, best_wanted: bool) -> None:
@@ -371,6 +385,7 @@ RANK_LOSSES: dict[str, Callable[[GroupLogps, Tilt], torch.Tensor]] = {
 every_rank_loss = pytest.mark.parametrize("name", RANK_LOSSES)
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts, st.randoms(use_true_random=False))
 def test_the_order_within_a_group_does_not_matter(
@@ -388,6 +403,7 @@ def test_the_order_within_a_group_does_not_matter(
         torch.testing.assert_close(loss(batch, tilt), loss(shuffled, tilt))
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts)
 def test_groups_do_not_see_each_other(batch: GroupLogps, tilt: Tilt) -> None:
@@ -400,6 +416,7 @@ def test_groups_do_not_see_each_other(batch: GroupLogps, tilt: Tilt) -> None:
         torch.testing.assert_close(loss(batch, tilt), torch.cat(alone))
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts, st.floats(-100, 100))
 def test_a_constant_on_a_group_s_log_ratios_cancels(
@@ -417,6 +434,7 @@ def test_a_constant_on_a_group_s_log_ratios_cancels(
         assert not torch.allclose(pointwise(moved, tilt), pointwise(batch, tilt), rtol=1e-6)
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(st.integers(-20, 20), min_size=2, max_size=8), tilts)
 def test_only_the_order_of_the_rewards_counts(rewards: list[int], tilt: Tilt) -> None:
@@ -426,6 +444,7 @@ def test_only_the_order_of_the_rewards_counts(rewards: list[int], tilt: Tilt) ->
             torch.testing.assert_close(of(monotone, tilt), of(plain, tilt), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @quick
 @given(st.permutations(range(6)), tilts)
 def test_better_rewards_have_higher_targets(order: list[int], tilt: Tilt) -> None:
@@ -523,6 +542,7 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(EVERY_LOSS[name], used)
 
 
+@pytest.mark.slow
 @every_rank_loss
 @pytest.mark.parametrize(
     "tilt", [BestOfN(3), BestOfN(9.5), WorstOfN(2), ExponentialTilt(4)], ids=repr
@@ -543,6 +563,7 @@ def test_gradcheck_of_all_ranks(name: str, tilt: Tilt) -> None:
         assert torch.autograd.gradcheck(loss, used)
 
 
+@pytest.mark.slow
 @quick
 @given(batches(), tilts)
 def test_rank_regression_gradient(batch: GroupLogps, tilt: Tilt) -> None:
@@ -556,6 +577,7 @@ def test_rank_regression_gradient(batch: GroupLogps, tilt: Tilt) -> None:
     np.testing.assert_allclose(logps.grad, 4 * residuals / (m - 1), rtol=1e-9, atol=1e-8)
 
 
+@pytest.mark.slow
 @quick
 @given(rows, sizes, alphas)
 def test_bonbon_gradient(values: list[tuple[float, ...]], n: int, alpha: float) -> None:
@@ -569,6 +591,7 @@ def test_bonbon_gradient(values: list[tuple[float, ...]], n: int, alpha: float) 
     np.testing.assert_allclose(worst.grad, -pull, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 @quick
 @given(rows, betas)
 def test_dpo_gradient(values: list[tuple[float, ...]], beta: float) -> None:
@@ -709,6 +732,7 @@ def test_no_mode_flags() -> None:
 # --- metrics --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @quick
 @given(rows)
 def test_group_metrics_of_pairs(values: list[tuple[float, ...]]) -> None:
@@ -725,6 +749,7 @@ def test_group_metrics_of_pairs(values: list[tuple[float, ...]]) -> None:
     np.testing.assert_array_equal(got["accuracy"], np.array(higher, dtype=float))
 
 
+@pytest.mark.slow
 @quick
 @given(batches())
 def test_group_metrics(batch: GroupLogps) -> None:
@@ -814,11 +839,15 @@ class TrlRun:
         return torch.tensor([len(row[column]) for row in self.rows])
 
     def sums(self, model: Any, column: str) -> torch.Tensor:
+        from bonbon.models.logprobs import completion_log_probs  # loads transformers
+        from bonbon.models.padding import pad_rows
+
         padded = pad_rows([r["prompt_ids"] for r in self.rows], [r[column] for r in self.rows], 0)
         with torch.no_grad():
             return completion_log_probs(model, padded)
 
 
+@pytest.mark.slow
 def test_trl_dpo_agrees(tmp_path: Path) -> None:
     """TRL's sigmoid loss is a mean of ours over pairs: same ids, summed log-probabilities."""
     run = TrlRun("sigmoid", tmp_path)

@@ -86,6 +86,7 @@ def test_published_sizes() -> None:
     assert estimates.kv_bytes_per_token(LLAMA_70B) == 327_680
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_transformers_and_peft() -> None:
     torch = pytest.importorskip("torch")
     from peft import LoraConfig, get_peft_model
@@ -381,6 +382,7 @@ def test_the_same_as_simpy() -> None:
         assert simulate(*pools, places).scored_at.tolist() == by_simpy(*pools, places)
 
 
+@pytest.mark.slow
 @quick
 @given(seconds_of, st.integers(1, 5), st.integers(1, 5), st.integers(0, 4), st.floats(0, 9))
 def test_bounds_of_any_line(
@@ -456,6 +458,7 @@ def test_expected_time_with_failures() -> None:
     assert found.redone <= found.failures  # the scorers' node fails too
 
 
+@pytest.mark.slow
 @quick
 @given(seconds_of, st.integers(1, 4), st.integers(0, 3), st.integers(0, 10**6))
 def test_failures_lose_and_double_nothing(
@@ -604,6 +607,7 @@ def test_batches_that_are_not_continuous_take_longer() -> None:
     assert planned(waits).best.hours > 1.2 * planned(config).best.hours
 
 
+@pytest.mark.slow
 def test_of_very_many_splits_some() -> None:
     found = planned(cluster_of(cluster={"nodes": 100}))
     counts = [split.samplers for split in found.splits]
@@ -699,6 +703,7 @@ def test_what_the_file_lacks(cluster: Path, old: str, new: str, said: str) -> No
     assert said in result.stderr
 
 
+@pytest.mark.slow
 def test_what_the_command_lacks(cluster: Path, pilot: Path) -> None:
     for arguments, said in (
         ((), "plan needs GROUPS"),
@@ -785,6 +790,7 @@ def test_the_documents_figures_are_computed(column: int, name: str) -> None:
         assert [f"{split.samplers}", f"{split.scorers}", *texts] in lines
 
 
+@pytest.mark.slow
 def test_the_documents_shard_sizes_are_computed() -> None:
     document = (REPO / "docs" / "scaling.md").read_text(encoding="utf-8")
     config = load_cluster(REPO / "examples" / "8b-one-node" / "cluster.yaml")

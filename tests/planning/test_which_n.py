@@ -46,6 +46,7 @@ def normal_pilot(prompts: int = 12, draws: int = 6) -> Groups:
 # --- which n --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @quick
 @given(st.integers(5, 9), st.integers(2, 40), st.floats(0.51, 0.97))
 def test_without_ties_n_is_that_of_the_closed_form(draws: int, prompts: int, wanted: float) -> None:
@@ -60,6 +61,7 @@ def test_without_ties_n_is_that_of_the_closed_form(draws: int, prompts: int, wan
     assert not found.ties
 
 
+@pytest.mark.slow
 def test_a_win_rate_of_nine_in_ten_takes_nine() -> None:
     found = plan(normal_pilot(), 0.9)
     assert found.by_estimate is not None
@@ -85,6 +87,7 @@ def drawn(rng: np.random.Generator, prompts: int, draws: int) -> Groups:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [None, "gold"])
 def test_intervals_hold_the_exact_win_rate(by: str | None) -> None:
     """Measured n, over 200 pilots of a finite outcome space: about 95 of 100."""
@@ -106,6 +109,7 @@ def test_intervals_hold_the_exact_win_rate(by: str | None) -> None:
     assert truth[4] > 0.7 if by is None else truth[4] < 0.7
 
 
+@pytest.mark.slow
 def test_the_answers_of_a_large_pilot_are_those_of_the_exact_curve() -> None:
     truth = [win_rate_pmf(best_of_n_pmf(P, R, n), P, R) for n in range(1, 8)]
     wanted = (truth[3] + truth[4]) / 2
@@ -262,6 +266,7 @@ def test_an_interval_that_stays_too_low_is_said() -> None:
     assert "The interval's lower end reaches it for no n up to 7; more prompts" in said
 
 
+@pytest.mark.slow
 def test_the_plot(tmp_path: Path) -> None:
     """As SVG: the measured part solid, the extrapolated one dashed, every n in its place."""
     found = plan(drawn(np.random.default_rng(4), 30, 6), 0.8, "gold", max_n=20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -26,6 +27,7 @@ def labelled(points: list[tuple[float, float]]) -> tuple[Figure, list[Bbox]]:
     return canvas, [text.get_window_extent() for text in axes.texts]
 
 
+@pytest.mark.slow
 def test_labels_of_close_points_do_not_overlap() -> None:
     close = [(1.0 + 0.06 * i, 0.8 + 0.01 * (i % 2)) for i in range(5)]
     _, boxes = labelled(close)
@@ -34,6 +36,7 @@ def test_labels_of_close_points_do_not_overlap() -> None:
         assert Bbox.intersection(one, other) is None
 
 
+@pytest.mark.slow
 def test_labels_cover_no_marker_and_stay_inside() -> None:
     points = [(0.02, 0.52), (2.98, 0.99), (1.5, 0.75), (2.9, 0.55)]
     canvas, boxes = labelled(points)

@@ -252,6 +252,7 @@ def test_a_ranking_claims_of_all_what_holds_of_all(
     assert said in " ".join(sentences(tmp_path, values))
 
 
+@pytest.mark.slow
 def test_odd_names_and_many_of_them_draw_without_a_warning(tmp_path: Path) -> None:
     values = comparison()
     for index in range(30):
@@ -325,6 +326,7 @@ def test_the_page_of_a_comparison(tmp_path: Path) -> None:
 # --- what may be missing --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_older_evaluation_opens(tmp_path: Path) -> None:
     write_report(write_run(tmp_path, older()))
     parsed = Page((tmp_path / "report.html").read_text())
@@ -337,6 +339,7 @@ def test_an_older_evaluation_opens(tmp_path: Path) -> None:
     assert "nan" not in parsed.text
 
 
+@pytest.mark.slow
 def test_figures_alone_are_enough(tmp_path: Path) -> None:
     write_run(tmp_path, groups={})
     for path in ("config.yaml", "model/training_log.json", "baselines/sft_bon/training_log.json"):
@@ -348,6 +351,7 @@ def test_figures_alone_are_enough(tmp_path: Path) -> None:
     assert plots == {f"win_rate_{x}.{kind}" for x in ("kl", "length") for kind in ("png", "svg")}
 
 
+@pytest.mark.slow
 def test_every_optional_key_may_be_null_or_missing(tmp_path: Path) -> None:
     values = evaluation()
     optional = [key for key in values if key not in ("n", "k", "models", "base_model")]
@@ -453,6 +457,7 @@ def test_the_plots_are_saved_for_papers(folder: Path) -> None:
         assert "var(" not in svg
 
 
+@pytest.mark.slow
 def test_a_report_is_the_same_when_written_again(folder: Path, html: str) -> None:
     write_report(folder)
     assert (folder / "report.html").read_text(encoding="utf-8") == html
@@ -562,6 +567,7 @@ def test_a_policy_of_several_draws_shows_the_one_it_keeps(tmp_path: Path) -> Non
     assert texts[0]["best-of-2"] == ["two"]
 
 
+@pytest.mark.slow
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     values = evaluation(base_model=HOSTILE[0], reward={"function": HOSTILE[4]})
     values["metrics"]["repetition"]["label"] = HOSTILE[1]
@@ -586,6 +592,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert all(tuple(columns["base"]) == HOSTILE[:K] for columns in texts)
 
 
+@pytest.mark.slow
 def test_names_that_utf8_cannot_hold_can_be_written(tmp_path: Path) -> None:
     values = main_changed()
     values["models"]["odd \ud800\x01 $name_"] = model_figures(0.6)
@@ -611,6 +618,7 @@ def test_chat_prompts_keep_their_roles(tmp_path: Path) -> None:
 # --- histograms -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_histograms_weigh_best_of_n_by_rank(tmp_path: Path) -> None:
     base = draws(np.random.default_rng(0), ["a"] * 1000, N + K, 0.0)
     run = read_run(write_run(tmp_path, groups={"base": base}))
@@ -626,6 +634,7 @@ def test_histograms_weigh_best_of_n_by_rank(tmp_path: Path) -> None:
     assert middles @ found.shares[f"best-of-{N}"] == pytest.approx(1.0294, abs=width / 2)
 
 
+@pytest.mark.slow
 def test_rewards_that_are_all_alike_can_be_drawn(tmp_path: Path) -> None:
     same = [group_of("p0", "a", ["x"] * (N + K), rewards=(1.0,) * (N + K))]
     write_report(write_run(tmp_path, groups={"base": same, "rank_regression": same}))
@@ -639,6 +648,7 @@ def markdown_tokens(text: str) -> list[Any]:
     return MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
 
 
+@pytest.mark.slow
 def test_the_markdown_says_the_same(folder: Path, html: str) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     rendered = MarkdownIt("commonmark").enable("table").render(text)

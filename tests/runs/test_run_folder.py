@@ -84,6 +84,7 @@ def test_a_regular_file_as_folder_is_refused(tmp_path: Path, below: str) -> None
 # --- begin and finish -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_settings_go_on(tmp_path: Path) -> None:
     folder = folder_at(tmp_path)
     settings = dumped(folder.config, "model", "prompts", "sampling")

@@ -44,6 +44,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_two_writers_of_one_file(tmp_path: Path) -> None:
     """Whoever comes last: a reader finds the text of one of them, whole."""
     path = tmp_path / "file"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bonbon.system.prefetch import in_turn
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(pauses=st.lists(st.sampled_from([0.0, 0.0005, 0.002]), max_size=20), ahead=st.integers(1, 5))
 def test_it_is_a_map_that_looks_no_further_ahead(pauses: list[float], ahead: int) -> None:

@@ -53,6 +53,7 @@ def enumerated_best_of_n(p: Floats, r: Floats, n: int) -> Floats:
 # --- the law of best-of-n -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @thorough
 @given(pmfs(), st.integers(1, 4))
 def test_pmf_by_enumeration(law: tuple[Floats, Floats], n: int) -> None:
@@ -63,6 +64,7 @@ def test_pmf_by_enumeration(law: tuple[Floats, Floats], n: int) -> None:
     np.testing.assert_array_equal(got[p == 0], 0)
 
 
+@pytest.mark.slow
 @thorough
 @given(pmfs(), st.integers(1, 64))
 def test_pmf_in_bond_form(law: tuple[Floats, Floats], n: int) -> None:
@@ -75,6 +77,7 @@ def test_pmf_in_bond_form(law: tuple[Floats, Floats], n: int) -> None:
     np.testing.assert_allclose(best_of_n_pmf(p, r, n), bond, atol=1e-12)
 
 
+@pytest.mark.slow
 @thorough
 @given(pmfs(), st.integers(1, 4))
 def test_worst_is_best_of_negated(law: tuple[Floats, Floats], n: int) -> None:
@@ -83,12 +86,14 @@ def test_worst_is_best_of_negated(law: tuple[Floats, Floats], n: int) -> None:
     np.testing.assert_allclose(worst, enumerated_best_of_n(p, -r, n), atol=1e-12)
 
 
+@pytest.mark.slow
 @thorough
 @given(pmfs())
 def test_identity_keeps_p(law: tuple[Floats, Floats]) -> None:
     np.testing.assert_allclose(tilted_pmf(*law, Identity()), law[0], atol=1e-12)
 
 
+@pytest.mark.slow
 @thorough
 @given(pmfs(), st.floats(-30, 30))
 def test_pmf_depends_on_order_only(law: tuple[Floats, Floats], beta: float) -> None:
@@ -118,6 +123,7 @@ def test_all_tied_changes_nothing() -> None:
 # --- win rate and KL ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @thorough
 @given(pmfs(), st.data())
 def test_win_rate_by_enumeration(law: tuple[Floats, Floats], data: st.DataObject) -> None:
@@ -135,6 +141,7 @@ def test_win_rate_by_enumeration(law: tuple[Floats, Floats], data: st.DataObject
         assert kl_pmf(q, p) == pytest.approx(sum(terms), abs=1e-12)
 
 
+@pytest.mark.slow
 @thorough
 @given(pmfs(), st.integers(1, 64))
 def test_continuous_values_are_bounds(law: tuple[Floats, Floats], n: int) -> None:
@@ -191,6 +198,7 @@ def test_rank_weights_by_enumeration(m: int, n: int) -> None:
     np.testing.assert_allclose(best_of_n_rank_weights(m, n), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_rank_weights_of_many() -> None:
     """Thousands of draws: C(m, n) is far beyond float64, the weights must still sum to 1."""
     weights = best_of_n_rank_weights(5000, 700)

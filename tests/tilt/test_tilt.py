@@ -260,6 +260,7 @@ gentle: st.SearchStrategy[Tilt] = st.one_of(
 )
 
 
+@pytest.mark.slow
 @quick
 @given(gentle, st.integers(1, 20))
 def test_rank_log_density_by_quadrature(tilt: Tilt, m: int) -> None:
@@ -319,6 +320,7 @@ steep: st.SearchStrategy[Tilt] = st.one_of(
 sizes = st.integers(2, 16)
 
 
+@pytest.mark.slow
 @quick
 @given(steep, sizes)
 def test_rank_targets_have_the_tilt_s_win_rate(tilt: Tilt, m: int) -> None:
@@ -330,6 +332,7 @@ def test_rank_targets_have_the_tilt_s_win_rate(tilt: Tilt, m: int) -> None:
     assert float(optimal_kl(min(max(win, 0.0), 1.0))) - 1e-6 <= kl <= tilt.kl() + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1.3, 2, 4, 8, 64])
 @pytest.mark.parametrize("m", [2, 3, 4, 8, 16])
 def test_rank_targets_of_best_and_worst_mirror(n: float, m: int) -> None:
@@ -359,6 +362,7 @@ def test_documented_figures_without_the_stretch(n: int, win: float, kl: float) -
     assert normalised[1] < BestOfN(n).win_rate()
 
 
+@pytest.mark.slow
 @quick
 @given(st.floats(0.01, 200), st.sampled_from([1, -1]), sizes)
 def test_rank_targets_of_the_exponential_tilt_are_exact(size: float, sign: int, m: int) -> None:
@@ -370,6 +374,7 @@ def test_rank_targets_of_the_exponential_tilt_are_exact(size: float, sign: int, 
     np.testing.assert_allclose(smoothed, tilt.log_density(u), rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_rank_targets_of_the_base_model_are_zero() -> None:
     np.testing.assert_allclose(rank_targets(Identity(), 5), np.zeros(5), atol=1e-12)
     np.testing.assert_allclose(rank_targets(BestOfN(1), 5), np.zeros(5), atol=1e-12)
@@ -385,6 +390,7 @@ def test_rank_targets_by_simulation() -> None:
         assert seen.mean() == pytest.approx(expected, abs=5 * seen.std() / math.sqrt(len(seen)))
 
 
+@pytest.mark.slow
 def test_rank_targets_are_kept_and_cannot_be_changed() -> None:
     targets = rank_targets(BestOfN(3), 6)
     assert rank_targets(BestOfN(3), 6) is targets
@@ -560,6 +566,7 @@ def test_no_tilt_beats_frontier(tilt: Tilt) -> None:
     assert tilt.kl() >= float(optimal_kl(min(gain, 1.0))) * (1 - 1e-6) - 1e-9
 
 
+@pytest.mark.slow
 @quick
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=12).filter(lambda ws: sum(ws) > 1e-3))
 def test_no_histogram_beats_frontier(weights: list[float]) -> None:
@@ -741,6 +748,7 @@ def test_target_needs_two(n: int) -> None:
         bon_target(n)
 
 
+@pytest.mark.slow
 def test_tilts_too_sharp_for_targets_are_refused() -> None:
     """Rather than integrated wrongly: at n = 60,000 the nodes would miss the peak."""
     assert rank_targets(BestOfN(10_000), 8)[-1] == pytest.approx(math.log(10_000), abs=1e-3)
