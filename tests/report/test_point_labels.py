@@ -48,3 +48,17 @@ def test_labels_cover_no_marker_and_stay_inside() -> None:
         assert frame.y0 <= box.y0 <= box.y1 <= frame.y1
         for point in points:
             assert not box.contains(*axes.transData.transform(point))
+
+
+def test_labels_of_two_close_lines_stay_on_their_sides() -> None:
+    canvas, grid = new_axes(4.6)
+    axes = grid[0][0]
+    axes.plot([0, 3], [0.6, 0.95])
+    axes.plot([0, 3], [0.59, 0.94])
+    upper = PointLabel(1.5, 0.775, "best-of-k", "#000000", "above")
+    lower = PointLabel(1.5, 0.765, "best-of-k by gold", "#000000", "below")
+    label_points(axes, [upper, lower])
+    canvas.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert boxes["best-of-k"].y0 > axes.transData.transform((1.5, 0.775))[1]
+    assert boxes["best-of-k by gold"].y1 < axes.transData.transform((1.5, 0.765))[1]

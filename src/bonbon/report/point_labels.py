@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,18 +19,29 @@ _OFFSETS = [
     for y in (-far, far)
     for x in (6, -6, far, -far)
 ]  # fmt: skip
+_ABOVE = [(x, y) for x, y in _OFFSETS if y > 0 > x]  # left of a rising line
+_BELOW = [(x, y) for x, y in _OFFSETS if y < 0 < x]
 _RADIUS = 5  # pixels around a point that a label should leave free
 _STEP = 4  # pixels between the places of a line that a label should leave free
 
 
 @dataclass(frozen=True)
 class PointLabel:
-    """A text for a point in the data's coordinates."""
+    """A text for a point in the data's coordinates.
+
+    `side` keeps it above or below: of two lines close together, each needs its own.
+    """
 
     x: float
     y: float
     text: str
     colour: str
+    side: Literal["above", "below"] | None = None
+
+    def offsets(self) -> list[tuple[int, int]]:
+        """Return the places where the label may be, in points from its point."""
+        sides = {None: _OFFSETS, "above": _ABOVE, "below": _BELOW}
+        return sides[self.side]
 
 
 def label_points(axes: Any, labels: Sequence[PointLabel]) -> None:
@@ -47,7 +58,7 @@ def label_points(axes: Any, labels: Sequence[PointLabel]) -> None:
         x, y = axes.transData.transform((label.x, label.y))
         taken.append(Bbox.from_extents(x - _RADIUS, y - _RADIUS, x + _RADIUS, y + _RADIUS))
     for label in labels:
-        notes = [_note(axes, label, offset) for offset in _OFFSETS]
+        notes = [_note(axes, label, offset) for offset in label.offsets()]
         boxes = [note.get_window_extent() for note in notes]
         costs = [_covered(box, taken) + _outside(box, frame) for box in boxes]
         best = min(range(len(notes)), key=costs.__getitem__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -97,7 +97,8 @@ def _best_of_k_line(axes: Any, run: Run, reward: str | None, label: str) -> Iter
         )
         axes.plot(kls, [w.value for w in wins], linestyle=dashes, **look)
         at = len(kls) // 2
-        yield PointLabel(kls[at], wins[at].value, label, MUTED)
+        side: Literal["above", "below"] = "above" if reward is None else "below"
+        yield PointLabel(kls[at], wins[at].value, label, MUTED, side)
         if reward is None:
             _number_points(axes, known)
     if len(beyond) > len(known[-1:]):
